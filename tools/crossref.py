@@ -29,6 +29,7 @@ DIVS = CALLOUTS | PROOFS.keys() | {"searchable", "cell", "exported", "float"}
 ATTRIBUTES = {"name", "title", "collapse", "module"}
 HEADERS = {"unnumbered", "unlisted"}
 LOST_MATH = re.compile(r"\\(boxed|fbox|cancel|bcancel|xcancel|color|textcolor|colorbox|tag|label)(?![a-zA-Z])")
+SPANS = {f"state-{state}" for state in ("passed", "shown", "cited", "open")}      # of the ledger
 STRAY = re.compile(r"^\{\{<|^:::|\$")
 
 
@@ -161,8 +162,9 @@ class Numbering:
             label = match[1]
             number = self.next("eq", label)
             del todo[: rest + 1]
-            anchor = f'<a class="eqno" href="#{label}">({number})</a>'
-            out[-1:] = [raw_inline(f'<span class="eqn" id="{label}">'), item, raw_inline(anchor + "</span>")]
+            start = f'<span class="eqn" id="{label}"><span class="scroll">'
+            end = f'</span><a class="eqno" href="#{label}">({number})</a></span>'
+            out[-1:] = [raw_inline(start), item, raw_inline(end)]
             out += [string(match[2])] if match[2] else []
         return out
 
@@ -183,21 +185,34 @@ class Numbering:
             self.put(label, number)
 
     def visit_figure(self, element):
-        """Figures written in markdown."""
-        self.caption("fig", element)
+        """Figures written in markdown: the caption is the alternative text, unless there is a fig-alt."""
+        label, caption = element["c"][0][0], element["c"][1][1]
+        if label.startswith("fig-") and caption:
+            caption[0]["c"][:0] = self.heading("fig", label)
 
     def visit_table(self, element):
-        """Tables written in markdown."""
-        self.caption("tbl", element)
-        return [raw_block('<div class="table">'), element, raw_block("</div>")]
+        """Tables written in markdown: they scroll where they are wide; captions stand above."""
+        attributes, caption = element["c"][0], element["c"][1]
+        head, body = [raw_block('<div class="table">')], [element, raw_block("</div>")]
+        label = attributes[0]
+        if not caption[1]:
+            return head + body
+        text = self.heading("tbl", label) if label.startswith("tbl-") else []
+        text += caption[1][0]["c"]
+        attributes[0], element["c"][1] = "", [None, []]
+        return self.framed(label, "tbl", head + body, text)
 
-    def caption(self, kind, element):
-        """Number a captioned element."""
-        label, caption = element["c"][0][0], element["c"][1][1]
-        if label.startswith(kind + "-"):
-            number = self.next(kind, label)
-            if caption:
-                caption[0]["c"][:0] = [strong([string(f"{NAMES[kind]} {number}")]), string(": ")]
+    def heading(self, kind, label):
+        """The words a caption begins with."""
+        return [strong([string(f"{NAMES[kind]} {self.next(kind, label)}")]), string(": ")]
+
+    @staticmethod
+    def framed(label, kind, body, caption):
+        """A figure or table with its caption, below or above."""
+        text = [raw_block("<figcaption>"), {"t": "Plain", "c": caption}, raw_block("</figcaption>")]
+        parts = text + body if kind == "tbl" else body + text
+        anchor = f' id="{label}"' if label else ""
+        return [raw_block(f'<figure{anchor} class="{kind}">'), *parts, raw_block("</figure>")]
 
     def visit_div(self, element):
         """Boxes: callouts, theorems, proofs, floats. Anything else is a problem."""
@@ -272,10 +287,7 @@ class Numbering:
         """Outputs of a cell with a caption: the last paragraph of the div."""
         (label, _, _), blocks = element["c"]
         caption = blocks.pop()["c"] if blocks and blocks[-1]["t"] == "Para" else []
-        head = [strong([string(f"{NAMES[kind]} {self.next(kind, label)}")]), string(": ")]
-        text = [raw_block("<figcaption>"), {"t": "Plain", "c": head + caption}, raw_block("</figcaption>")]
-        body = text + blocks if kind == "tbl" else blocks + text
-        return [raw_block(f'<figure id="{label}" class="{kind}">'), *body, raw_block("</figure>")]
+        return self.framed(label, kind, blocks, self.heading(kind, label) + caption)
 
     def visit_math(self, element):
         """Formulas that would lose something on the way to MathML."""
@@ -297,7 +309,7 @@ class Numbering:
 
     def visit_span(self, element):
         """Spans with attributes."""
-        for name in element["c"][0][1]:
+        for name in set(element["c"][0][1]) - SPANS:
             self.problem(f"span of class .{name} is not supported")
 
     def visit_codeblock(self, element):

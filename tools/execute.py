@@ -10,6 +10,7 @@
 """
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -41,30 +42,35 @@ LABEL = re.compile(r"\{#((?:eq|thm|lem|cor|prp|def|exm)-[\w:.-]+)")
 # ------------------------------------------------------------------------------------------- in the notebook's process
 
 
-def prepare():
-    """Import what nearly every notebook needs, once, before the processes fork. No torch operation happens here."""
-    import execnb.shell  # noqa: F401
-    import hypothesis  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import nbdev.clean  # noqa: F401
-    import sympy  # noqa: F401
-    import torch  # noqa: F401
+def libraries(path, sources):
+    """Which large libraries the notebook, or a module of the library that it imports, mentions."""
+    texts = [nbs.python(cell) for cell in nbs.code_cells(nbs.read(path))]
+    texts += [sources.text(name) for name in sources.reached(texts)]
+    return {name for name in ("torch", "sympy") if any(name in text for text in texts)}
 
 
-def new_shell():
+def prepare(names):
+    """Import what the notebooks need, once, before the processes fork. No torch operation happens here."""
+    for name in ("hypothesis", "matplotlib.pyplot", "execnb.shell", "nbdev.clean", *sorted(names)):
+        importlib.import_module(name)
+
+
+def new_shell(names):
     """A fresh IPython shell with fixed seeds, one thread, derandomised property tests and reproducible figures."""
     import random
 
     import hypothesis
     import matplotlib
     import numpy
-    import torch
     from execnb.shell import CaptureShell
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     numpy.random.seed(0)
     random.seed(0)
+    if "torch" in names:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
     hypothesis.settings.register_profile("book", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("book")
     matplotlib.rcParams["svg.hashsalt"] = "book"
@@ -120,13 +126,13 @@ def failure(cell, exception):
     return f"cell {cell['id']} raised {type(exception).__name__}\n{trace}"
 
 
-def run(path, slow, send):
+def run(path, slow, names, send):
     """Run the notebook in file `path`; give back the notebook with outputs, timings by cell and an error or None."""
     from execnb.nbio import nb2str, read_nb
 
     os.chdir(path.parent)
     notebook = read_nb(path.name)
-    shell = new_shell()
+    shell = new_shell(names)
     timings = {}
     slow_results = Counter()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -154,11 +160,11 @@ def run(path, slow, send):
     return json.loads(nb2str(notebook)), timings, None
 
 
-def child(path, slow, pipe):
+def child(path, slow, names, pipe):
     """Body of a notebook's process: run it and send what came of it through `pipe`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        pipe.send(("done", run(path, slow, pipe.send)))
+        pipe.send(("done", run(path, slow, names, pipe.send)))
     except Exception as exception:
         pipe.send(("done", (None, {}, f"the runner failed: {type(exception).__name__}: {exception}")))
     pipe.close()
@@ -195,11 +201,11 @@ class Terminal:
 class Job:
     """A notebook that runs in a process of its own."""
 
-    def __init__(self, path, slow):
+    def __init__(self, path, slow, names):
         context = multiprocessing.get_context("fork")
         self.path, self.start, self.cell = path, time.time(), "-"
         self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=child, args=(path, slow, theirs), daemon=True)
+        self.process = context.Process(target=child, args=(path, slow, names, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -218,12 +224,13 @@ class Job:
 
 
 def run_all(paths, slow, jobs, terminal):
-    """Run notebooks, `jobs` at a time; yields (path, seconds, outcome) as they finish."""
-    waiting, running = list(paths), []
+    """Run notebooks (path -> libraries), `jobs` at a time; yields (path, seconds, outcome) as they finish."""
+    waiting, running = list(paths.items()), []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(Job(waiting.pop(0), slow))
+                path, names = waiting.pop(0)
+                running.append(Job(path, slow, names))
             terminal.show(running)
             ready = wait([job.pipe for job in running], timeout=1)
             for job in [job for job in running if job.pipe in ready]:
@@ -309,10 +316,9 @@ def phases(paths, mode):
 def execute(root, paths, mode, slow, jobs):
     """Run notebooks in `mode` (run, force, verify, test); gives back the number of notebooks that failed."""
     failed = 0
-    prepared = False
+    sources = nbs.Sources(root)
     for number, phase in enumerate(phases(paths, mode)):
         if mode == "run":
-            sources = nbs.Sources(root)
             phase = [path for path in phase if nbs.is_stale(path, sources)]
         if number and failed and phase:
             names = ", ".join(path.stem for path in phase)
@@ -320,13 +326,11 @@ def execute(root, paths, mode, slow, jobs):
             break
         if not phase:
             continue
-        if not prepared:
-            print("importing torch, sympy, matplotlib …", flush=True)
-            prepare()
-            prepared = True
+        needed = {path: libraries(path, sources) for path in phase}
+        prepare(set().union(*needed.values()))
         print(f"running {len(phase)} notebook{'s' * (len(phase) > 1)}, {min(jobs, len(phase))} at a time", flush=True)
         terminal = Terminal(len(phase))
-        for path, seconds, (notebook, timings, error) in run_all(phase, slow, jobs, terminal):
+        for path, seconds, (notebook, timings, error) in run_all(needed, slow, jobs, terminal):
             status, complaints = ("FAILED", [error]) if error else finish(mode, path, notebook, slow, root)
             failed += bool(complaints)
             terminal.line(path, status, seconds, timings)

@@ -34,8 +34,10 @@ def main():
     present = modules(root)
     wrong = [name for name in sorted(expected.keys() | present.keys()) if expected.get(name) != present.get(name)]
     for name in wrong:
-        reason = "differs from" if name in expected.keys() & present.keys() else "does not match"
-        print(f"udm_book/{name} {reason} what the notebooks export: run `make book`")
+        if name not in expected:
+            print(f"udm_book/{name}: no notebook exports it; delete it")
+        else:
+            print(f"udm_book/{name} differs from what its notebook exports: run `make book`")
     if not wrong:
         print(f"{len(present)} files of the library: as exported from the notebooks")
     sys.exit(bool(wrong))

@@ -9,11 +9,11 @@ LOADING = {"src", "srcset", "poster", "data", "xlink:href"}  # attributes that m
 
 
 class Page(HTMLParser):
-    """What a page holds: ids, links, and complaints about its elements."""
+    """What a page holds: ids, links, files it loads, and complaints about its elements."""
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.problems = set(), [], []
+        self.ids, self.links, self.loaded, self.problems = set(), [], [], []
         self.feed(text)
         for url in re.findall(r"(?:url\(|@import)\s*['\"]?(https?:[^'\")\s]+)", text):
             self.problems.append(f"style loads from the network: {url}")
@@ -29,10 +29,18 @@ class Page(HTMLParser):
             self.problems.append(f"image without alternative text: {(values.get('src') or 'no source')[:80]}")
         loading = LOADING | ({"href"} if tag in ("link", "image", "use") else set())
         for name in loading & values.keys():
-            if REMOTE.match(values[name] or ""):
-                self.problems.append(f"<{tag}> loads from the network: {values[name]}")
+            value = values[name] or ""
+            if REMOTE.match(value):
+                self.problems.append(f"<{tag}> loads from the network: {value}")
+            elif not re.match(r"data:|#", value):
+                self.loaded.append(value)
 
     handle_startendtag = handle_starttag
+
+
+def resolved(url, name):
+    """Path of the file that the page at `url` calls `name`."""
+    return os.path.normpath(os.path.join(os.path.dirname(url), name.partition("?")[0]))
 
 
 def check(pages, exists):
@@ -41,11 +49,14 @@ def check(pages, exists):
     for url, page in parsed.items():
         for message in page.problems:
             yield url, message
+        for name in page.loaded:
+            if not exists(resolved(url, name)):
+                yield url, f"a file to load is not there: {name[:80]}"
         for href in page.links:
             if re.match(r"[a-z]+:|//", href):
                 continue
-            path, _, fragment = unquote(href).partition("#")
-            path = os.path.normpath(os.path.join(os.path.dirname(url), path.partition("?")[0])) if path else url
+            name, _, fragment = unquote(href).partition("#")
+            path = resolved(url, name) if name else url
             if path not in parsed and not exists(path):
                 yield url, f"link to a file that is not there: {href}"
             elif fragment and path in parsed and fragment not in parsed[path].ids:

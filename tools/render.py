@@ -25,7 +25,7 @@ import yaml
 from nbmarkdown import Converter
 
 TOOLS = Path(__file__).resolve().parent
-READ = "markdown+tex_math_single_backslash-smart-markdown_in_html_blocks"
+READ = "markdown+tex_math_single_backslash"
 STATIC = ("site.css", "site.js")
 
 
@@ -113,17 +113,18 @@ class Chapter:
         has_references = any(b["t"] == "Div" and b["c"][0][0] == "refs" for b in self.blocks)
         arguments = ["-f", "json", "-t", "html5", "--mathml", "--wrap=none"]
         if bibliography and (self.cited or has_references):
+            # every page cites all works of the book, so that names and letters (2022a) are the same everywhere
+            meta["nocite"] = {"t": "MetaInlines", "c": [citation(key) for key in sorted(self.book.cited())]}
             arguments += ["--citeproc", "--metadata=link-citations:true", "--metadata=link-bibliography:true"]
             arguments += [f"--bibliography={self.book.root / name}" for name in bibliography]
-            if has_references:
-                meta["nocite"] = {"t": "MetaInlines", "c": [citation(key) for key in sorted(self.book.cited())]}
-            else:
-                arguments.append("--metadata=suppress-bibliography:true")
+            if not has_references:  # links are only made where there is a list; it is cut out below
+                mark = crossref.raw_block("<!--list-->")
+                blocks += [mark, {"t": "Div", "c": [["refs", [], []], []]}, mark]
         tree = {"pandoc-api-version": self.book.api, "meta": meta, "blocks": blocks}
         output, warnings = pandoc(arguments, json.dumps(tree))
         for warning in warnings:
             self.problem(warning)
-        self.heading, _, body = output.partition("<!--body-->")
+        self.heading, _, body = re.sub(r"<!--list-->.*<!--list-->", "", output, flags=re.S).partition("<!--body-->")
         if self.book.references and not has_references:
             page = os.path.relpath(self.book.references, Path(self.url).parent)
             body = re.sub(r'href="#ref-', f'href="{page}#ref-', body)
@@ -187,6 +188,9 @@ class Book:
         """Everything up to the HTML of each chapter; False where files are missing."""
         missing = [chapter.file for chapter in self.chapters if not (self.root / chapter.file).is_file()]
         self.problems += [f"_quarto.yml lists {file}, which does not exist" for file in missing]
+        listed = {chapter.file for chapter in self.chapters}
+        present = (path.relative_to(self.root).as_posix() for path in sorted(self.root.glob("nbs/*.ipynb")))
+        self.problems += [f"{file} is not listed in _quarto.yml" for file in present if file not in listed]
         if missing:
             return False
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -188,7 +188,8 @@
     document.getElementById("theme").addEventListener("click", switchTheme);
     menu.addEventListener("click", () => menu.setAttribute("aria-expanded", String(side.classList.toggle("open"))));
     document.getElementById("main").addEventListener("click", () => side.classList.remove("open"));
-    side.querySelector("[aria-current]")?.scrollIntoView({ block: "center" });
+    const here = side.querySelector("[aria-current]");
+    if (here) side.scrollTop = here.offsetTop - side.clientHeight / 2;
     setUpSearch();
     addCopyButtons();
     addAnchors();

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Law', 'then', 'sure', 'uniform', 'given', 'total_variation', 'Finite', 'hit', 'noises', 'mask', 'edit_any',
-           'edit_different']
+           'edit_different', 'repeating', 'product_of_marginals']
 
 # %% ../nbs/06_finite.ipynb #exp-imports
 from collections.abc import Callable, Hashable, Iterable
@@ -36,6 +36,7 @@ def given(law: Law, event: Callable[[Hashable], bool]) -> Law:
     "The law conditioned on an event; ZeroDivisionError where the event is impossible."
     kept = {x: p for x, p in law.items() if event(x)}
     total = sum(kept.values(), Fraction(0))
+    if not total: raise ZeroDivisionError("expected a possible event to condition on; got one of probability 0")
     return {x: p / total for x, p in kept.items()}
 
 def total_variation(p: Law, q: Law) -> Fraction:
@@ -106,3 +107,19 @@ def edit_any(length: int, vocab: int) -> Finite:
 def edit_different(length: int, vocab: int) -> Finite:
     "Rule two: exactly t positions get a token that differs from the old one."
     return Finite(length, noises(length, range(1, vocab)), partial(hit, lambda old, new: (old + new) % vocab))
+
+# %% ../nbs/06_finite.ipynb #exp-data
+def repeating(vocab: int, length: int) -> Law:
+    "Sentences whose next token repeats the last one with chance 2/3 and else is uniform."
+    law = uniform((v,) for v in range(vocab))
+    for _ in range(length - 1):
+        law = then(law, lambda x: {x + (v,): Fraction(2, 3) * (v == x[-1]) + Fraction(1, 3 * vocab) for v in range(vocab)})
+    return law
+
+def product_of_marginals(law: Law) -> Law:
+    "The law of tuples with the same marginals and independent positions."
+    out = sure(())
+    for i in range(len(next(iter(law)))):
+        single = then(law, lambda x: sure(x[i]))
+        out = then(out, lambda x: {x + (v,): p for v, p in single.items()})
+    return out

@@ -34,7 +34,9 @@ def network_loss(F: Forward, denoiser: Callable, x0: Float[Tensor, "b *d"], t: I
     `t` is drawn uniformly from 1..T where it is not given; `weight(t)` multiplies row by row.
     """
     if t is None: t = torch.randint(1, F.T + 1, x0.shape[:1], device=x0.device, generator=generator)
-    else: check_t(t, F.T)
+    else:
+        check_rows(t, x0=x0)
+        check_t(t, F.T)
     eps = F.sample_noise(x0, generator=generator)
     error = fn.mse_loss(denoiser.net(F(x0, t, eps), t, **cond), denoiser.target(x0, eps, t), reduction="none")
     loss = error.mean(tuple(range(1, error.ndim)))

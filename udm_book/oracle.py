@@ -68,9 +68,10 @@ class Mixture(nn.Module):
     def __init__(self, weights: Float[Tensor, " K"], means: Float[Tensor, "K *shape"], covs: Float[Tensor, "K d d"]):
         super().__init__()
         K, d = len(means), means[0].numel()
-        if weights.shape != (K,) or (weights <= 0).any() or abs(weights.sum().item() - 1) > 1e-6:
+        if weights.shape != (K,) or (weights <= 0).any() or not abs(weights.sum().item() - 1) <= 1e-6:
             raise ValueError(f"expected {K} positive weights that sum to 1; got {weights.tolist()}")
         if covs.shape != (K, d, d): raise ValueError(f"expected covariances of shape {(K, d, d)}; got {tuple(covs.shape)}")
+        if not (means.isfinite().all() and covs.isfinite().all()): raise ValueError("expected finite means and covariances; got NaN or infinite values")
         if not torch.allclose(covs, covs.mT): raise ValueError("expected symmetric covariances; got one that is not")
         var, basis = torch.linalg.eigh(covs)
         if (var < -1e-6 * var.abs().amax(-1, keepdim=True)).any():

@@ -48,7 +48,7 @@ def fit(module: nn.Module, loss: Callable[[Tensor], Float[Tensor, " b"]], data: 
     Returns the moving average of `module` and the loss of every step. Raises FloatingPointError at a loss that is not finite.
     """
     if steps < 1: raise ValueError(f"expected at least one step; got {steps}")
-    optimizer, ema = torch.optim.AdamW(module.parameters(), lr=lr), EMA(module, decay)
+    optimizer, ema = torch.optim.AdamW(module.parameters(), lr=lr, fused=True), EMA(module, decay)
     warm = max(1, steps // 10)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warm) * (1 + torch.tensor(n / steps * torch.pi).cos().item()) / 2)
     source, losses = batches(data, batch, generator), []

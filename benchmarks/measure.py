@@ -1,0 +1,337 @@
+"""How figures are made: clocks, counters of torch's operators, test networks and the figures of one candidate.
+
+Needs torch alone, so that the interpreter of another environment can run it beside other libraries:
+
+    python measure.py NAME [NAME ...] [--device cuda] [--quick]     prints one line of JSON
+
+A *ratio* is the median, over rounds, of (time of the candidate / time of the yardstick), where every round times the
+yardstick and all candidates one after the other: a slow moment of the machine slows both. An *absolute* time is that of
+the fastest round. On a processor the clock is the processor time of this process, which other programs do not lengthen;
+all work is done in one thread. On a GPU it is CUDA's events around the work, so launches and waiting count.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import candidates
+
+T = 1000  # length of every schedule
+IMAGES = (16, 3, 32, 32)  # the batch of the timed ratios
+LARGE = (10, 1, 1000, 1000)  # 1e7 numbers
+
+# ---------------------------------------------------------------------------------------------------------------- clocks
+
+
+def seconds(f: Callable, device: str) -> float:
+    """The time of one call of `f`."""
+    if device == "cpu":
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    f()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def race(runners: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
+    """Times of all runners, in rounds; the first round warms up and is not counted, and every other round runs backwards."""
+    times = {name: [] for name in runners}
+    for i in range(rounds + 1):
+        for name in list(runners)[:: 1 if i % 2 else -1]:
+            taken = seconds(runners[name], device)
+            if i:
+                times[name].append(taken)
+    return times
+
+
+def ratio(times: list[float], yardstick: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times, yardstick))
+
+
+# -------------------------------------------------------------------------------------------------------------- counters
+
+# Operators whose answer is a number, or has a shape that depends on numbers: on a GPU the program waits for them.
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "unique", "repeat_interleave")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run, those that would wait for a GPU, and new tensors of at least `large` elements."""
+
+    def __init__(self, large: int = sys.maxsize):
+        super().__init__()
+        self.names, self.large, self.alive = [], large, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        known = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.numel() >= self.large and x.untyped_storage().data_ptr() not in known:
+                self.alive.setdefault(x.untyped_storage().data_ptr(), x)  # kept, so that no address comes twice
+        return out
+
+    @property
+    def waits(self) -> int:
+        """How many calls would make the program wait for a GPU, or copy from one device to another."""
+        return sum(name in WAITS for name in self.names)
+
+
+def per_step(make: Callable[[int], Callable], x: Tensor) -> dict[str, float]:
+    """Calls and waits of one step: a run of 20 steps less a run of 10, divided by 10, so that what a run does once is out."""
+    counts = []
+    for steps in (10, 20):
+        run = make(steps)
+        run(x)  # caches are filled
+        with Calls() as calls:
+            run(x)
+        counts.append((len(calls.names), calls.waits))
+    (calls_10, waits_10), (calls_20, waits_20) = counts
+    return dict(calls=(calls_20 - calls_10) / 10, waits=(waits_20 - waits_10) / 10)
+
+
+def counts(candidate: "candidates.Candidate", device: str = "cpu") -> dict[str, float]:
+    """The exact figures: no clock is read, and the network is the identity, which calls no operator."""
+    x, out = torch.randn(4, 3, 8, 8, device=device), {}
+    with torch.no_grad():
+        for kind in ("ddpm", "ddim"):
+            found = per_step(lambda steps: candidate.sampler(Identity(), kind, steps, x), x)
+            out[f"{kind} calls"], out[f"{kind} waits"] = found["calls"], found["waits"]
+        loss = candidate.loss(Identity(), x)
+        loss(x)
+        with Calls() as calls:
+            loss(x)
+        out["loss calls"], out["loss waits"] = len(calls.names), calls.waits
+        eps, t = torch.randn_like(x), torch.arange(1, 5, device=device)
+        forward = candidate.forward(x)
+        forward(x, eps, t)
+        with Calls(large=x.numel()) as calls:
+            forward(x, eps, t)
+        out["forward extra"] = len(calls.alive)
+        if candidate.has_out:
+            with Calls(large=x.numel()) as calls:
+                forward(x, eps, t, out=torch.empty_like(x))
+            out["forward out extra"] = len(calls.alive) - 1  # `out` itself was made inside
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- networks
+
+
+class Identity(nn.Module):
+    """Returns its input: what remains is the cost of everything else."""
+
+    def forward(self, x, t):
+        return x
+
+
+class OneConv(nn.Module):
+    """One 3×3 convolution: the smallest network that does anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.conv(x)
+
+
+class UNet(nn.Module):
+    """A small U-Net, 0.8 million parameters: at 32×32 it computes about as much for each image as networks in use for digits."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        w = width
+
+        def pair(i, o):
+            return nn.ModuleList([nn.Sequential(nn.GroupNorm(min(8, a), a), nn.SiLU(), nn.Conv2d(a, o, 3, padding=1)) for a in (i, o)])
+
+        self.time = nn.Sequential(nn.Linear(1, 2 * w), nn.SiLU(), nn.Linear(2 * w, 7 * w))
+        self.enter, self.leave = nn.Conv2d(3, w, 3, padding=1), nn.Conv2d(w, 3, 3, padding=1)
+        self.down = nn.ModuleList([pair(w, w), pair(w, 2 * w), pair(2 * w, 4 * w)])
+        self.up = nn.ModuleList([pair(6 * w, 2 * w), pair(3 * w, w)])
+        self.widths = [w, 2 * w, 4 * w]
+
+    def forward(self, x, t):
+        times = self.time(t.reshape(-1, 1).to(x.dtype).log1p()).expand(len(x), -1).split(self.widths, 1)
+        h, kept = self.enter(x), []
+        for i, ((first, second), time) in enumerate(zip(self.down, times)):
+            h = second(first(fn.avg_pool2d(h, 2) if i else h) + time[:, :, None, None])
+            kept.append(h)
+        for (first, second), skip in zip(self.up, kept[-2::-1]):
+            h = second(first(torch.cat([fn.interpolate(h, scale_factor=2.0), skip], 1)))
+        return self.leave(h)
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+def sampling(entrants: dict, device: str, rounds: int, steps: int = 100) -> dict[str, dict[str, float]]:
+    """Sampling with one convolution against that many calls of the convolution, and µs per step with the identity."""
+    out = {name: {} for name in entrants}
+    net, x, one = OneConv().to(device), torch.randn(IMAGES, device=device), torch.randn(1, *IMAGES[1:], device=device)
+    t = torch.full(IMAGES[:1], 500, device=device)
+
+    def bare():
+        for _ in range(steps):
+            net(x, t)
+
+    with torch.no_grad():
+        for kind in ("ddpm", "ddim"):
+            runs = {name: c.sampler(net, kind, steps, x) for name, c in entrants.items()}
+            times = race({"": bare} | {name: lambda run=run: run(x) for name, run in runs.items()}, device, rounds)
+            for name in entrants:
+                out[name][f"{kind} ratio"] = ratio(times[name], times[""])
+                out[name][f"{kind} µs, one convolution"] = min(times[name]) / steps * 1e6
+            runs = {name: c.sampler(Identity(), kind, steps, one) for name, c in entrants.items()}
+            times = race({name: lambda run=run: run(one) for name, run in runs.items()}, device, rounds)
+            for name in entrants:
+                out[name][f"{kind} µs"] = min(times[name]) / steps * 1e6
+    return out
+
+
+def training(entrants: dict, device: str, rounds: int, make: Callable, key: str, repeats: int) -> dict[str, dict[str, float]]:
+    """A training step that draws times and noise, against one whose noisy images and targets lie ready; both with AdamW."""
+    x0, xt, y = (torch.randn(IMAGES, device=device) for _ in range(3))
+    t = torch.randint(1, T, IMAGES[:1], device=device)
+
+    net = make().to(device)  # one for all, so that all work in the same memory
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
+
+    def step(loss):
+        def run():
+            for _ in range(repeats):
+                optimizer.zero_grad(set_to_none=True)
+                loss().mean().backward()
+                optimizer.step()
+
+        return run
+
+    runners = {"": step(lambda: fn.mse_loss(net(xt, t), y))}
+    for name, c in entrants.items():
+        runners[name] = step(lambda loss=c.loss(net, x0): loss(x0))
+    times = race(runners, device, rounds)
+    return {name: {f"train {key} ratio": ratio(times[name], times[""]), f"train {key} µs": min(times[name]) / repeats * 1e6}
+            for name in entrants}
+
+
+def destruction(entrants: dict, device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """The forward process on 1e7 numbers against `torch.add` of two such tensors into a third."""
+    x0, eps, target = (torch.randn(LARGE, device=device) for _ in range(3))
+    t = torch.randint(1, T, LARGE[:1], device=device)
+    runners, forwards = {"": lambda: torch.add(x0, eps, out=target)}, {name: c.forward(x0) for name, c in entrants.items()}
+    for name, forward in forwards.items():
+        runners[name, "forward"] = lambda forward=forward: forward(x0, eps, t)
+        if entrants[name].has_out:
+            runners[name, "forward out"] = lambda forward=forward: forward(x0, eps, t, out=target)
+    times, out = race(runners, device, 2 * rounds), {name: {} for name in entrants}
+    for who in runners:
+        if who:
+            out[who[0]][f"{who[1]} ratio"] = ratio(times[who], times[""])
+            out[who[0]][f"{who[1]} µs"] = min(times[who]) * 1e6
+    return out
+
+
+def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[str, float]]:
+    """All figures of all entrants."""
+    rounds, out = (3 if quick else 25), {name: counts(c, device) for name, c in entrants.items()}
+    for part in (
+        sampling(entrants, device, rounds),
+        training(entrants, device, rounds, OneConv, "one convolution", 10),
+        training(entrants, device, max(3, rounds // 2), UNet, "U-Net", 1),
+        destruction(entrants, device, rounds),
+    ):
+        for name, found in part.items():
+            out[name].update(found)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- a GPU's figures
+
+
+def step_functions(device: str, rounds: int, steps: int = 50, backend: str = "inductor") -> dict[str, float]:
+    """µs of one DDPM step as a pure function of tensors: as written, compiled, as a CUDA graph, and both; and the network alone.
+
+    Compiled and eager steps must agree, or this raises.
+    """
+    from udm_book.hot import Hot, ddpm
+    from udm_book.parameterization import EPS, Denoiser
+    from udm_book.schedule import Schedule
+
+    schedule = Schedule.linear(T).to(device)
+    out = {}
+    for key, net in {"identity": Identity(), "one convolution": OneConv(), "U-Net": UNet()}.items():
+        F, denoiser = Hot(schedule), Denoiser(net, schedule, EPS).to(device)
+        x, fresh = torch.randn(IMAGES, device=device), torch.randn(IMAGES, device=device)
+        t, s = torch.full(IMAGES[:1], 500, device=device), torch.full(IMAGES[:1], 499, device=device)
+
+        def step(x, t, s, fresh):
+            return ddpm(F, denoiser(x, t).mean, x, t, s, fresh)
+
+        with torch.no_grad():
+            torch._dynamo.reset()
+            compiled, bare = torch.compile(step, fullgraph=True, backend=backend), torch.compile(net.to(device), backend=backend)
+            difference = (compiled(x, t, s, fresh) - step(x, t, s, fresh)).abs().max().item()
+            if not difference < 1e-2:  # TF32 and reordered sums; a wrong coefficient is far larger
+                raise AssertionError(f"compiled and eager step differ by {difference} with the network {key}")
+            ways = {"network": lambda: net(x, t), "network, compiled": lambda: bare(x, t),
+                    "step": lambda: step(x, t, s, fresh), "step, compiled": lambda: compiled(x, t, s, fresh)}
+            if device == "cuda":
+                ways |= {f"{name}, graph": graph(f) for name, f in list(ways.items())}
+            runners = {name: lambda f=f: [f() for _ in range(steps)] for name, f in ways.items()}
+            for name, times in race(runners, device, rounds).items():
+                out[f"{key}: {name} µs"] = min(times) / steps * 1e6
+    return out
+
+
+def graph(f: Callable) -> Callable:
+    """`f`, a function without arguments that works on fixed tensors, captured once as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # caches and workspaces are made outside of the capture
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        kept = f()
+
+    def replay():
+        captured.replay()
+        return kept
+
+    return replay
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="+", help="candidates, e.g. udm_book plain diffusers; those that are absent are left out")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see whether everything runs")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    entrants, absent = candidates.find(args.names)
+    result = dict(torch=torch.__version__, versions={name: c.version for name, c in entrants.items()}, absent=absent,
+                  figures=figures(entrants, args.device, args.quick))
+    if args.device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+        if "udm_book" in entrants:
+            result["steps"] = step_functions("cuda", 3 if args.quick else 25)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

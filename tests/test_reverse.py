@@ -1,0 +1,209 @@
+"""Kernels, the loop, and the collapsed loop."""
+import pytest
+import torch
+from conftest import close, full, normal, per_row, rng, run_bound, same_mean, unhooked
+from families import mixture
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import runs, schedules, seeds
+
+from udm_book.forward import Forward
+from udm_book.hot import Hot, ddim, ddpm
+from udm_book.oracle import Oracle
+from udm_book.parameterization import EPS, X0, Denoiser, V
+from udm_book.posterior import Dirac, Gaussian
+from udm_book.reverse import Kernel, MixNoise, Step, bar, clock, coefficients, fresh_noise, reuse_noise, reverse, sample
+from udm_book.schedule import Schedule
+
+KERNELS = {"fresh": fresh_noise, "reuse": reuse_noise, "mix.5": MixNoise(0.5), "mix1": MixNoise(1.0), "ddpm": ddpm,
+           "ddim.3": ddim(0.3), "mix by time": MixNoise(lambda F, t, s: (t - s) / F.T)}
+kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+SCHEDULE = Schedule.linear(10, 0.05, 0.5)
+slope = 0.5
+
+
+def net(x, t): return slope * x.sin() + per_row(t.to(x.dtype), x) / 50         # moves by at most `slope` times its input
+
+
+# ---------------------------------------------------------------------------------------------- the collapsed loop is one
+
+
+@kernels
+@pytest.mark.parametrize("P", [EPS, X0, V], ids=lambda P: P.name)
+@given(var=st.sampled_from([None, 0.3]), data=st.data(), seed=seeds, dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_sample_is_the_end_of_reverse(kernel, P, var, data, seed, dtype):
+    "Same random stream, any sub-sequence, also one that stops early; with gradients, without, from reused buffers."
+    F, times = Hot(SCHEDULE), data.draw(runs(SCHEDULE.T))
+    times = times[:data.draw(st.integers(2, len(times)))]
+    D = Denoiser(net, SCHEDULE, P, None if var is None else torch.full((11,), var))
+    xT = normal(2, 3, seed=seed, dtype=dtype, device="cpu")
+    a, b, c = (rng(seed, "cpu") for _ in range(3))
+    steps = list(reverse(F, D, xT, times, kernel, generator=a))
+    skip, out = D.affine.skip.abs().tolist(), D.affine.out.abs().tolist()
+    kappa = run_bound(F, kernel, xT, steps, lambda t: skip[t] + out[t] * slope)
+    slow = sample(F, D, xT, times, kernel, generator=b)
+    with torch.no_grad(): quick = sample(F, D, xT, times, kernel, generator=c)
+    assert torch.equal(slow, quick) and quick.dtype == dtype
+    assert torch.equal(a.get_state(), b.get_state()) and torch.equal(a.get_state(), c.get_state())
+    close(quick, steps[-1].xt, kappa)
+
+
+@kernels
+def test_coefficients_are_the_kernel_fed_with_unit_vectors(kernel):
+    F, times, unit = Hot(SCHEDULE), [10, 7, 3, 2], torch.eye(3, dtype=torch.float64)
+    for (t, s), row in zip(zip(times, times[1:]), coefficients(F, kernel, times)):
+        want = kernel(F, unit[:, :1], unit[:, 1:2], full(unit, t), full(unit, s), unit[:, 2:]).flatten()
+        close(torch.tensor(row, dtype=torch.float64), want, 1 / SCHEDULE.sigma[t])
+
+
+def test_only_affine_families_and_kernels_collapse():
+    class Plain(Hot):
+        affine = Forward.affine
+    def transition(F, posterior, xt, t, s, *, generator): return xt
+    assert coefficients(Plain(SCHEDULE), ddpm, [2, 1]) is None
+    assert coefficients(Hot(SCHEDULE), transition, [2, 1]) is None
+    D, xT = Denoiser(net, SCHEDULE, V), normal(2, 3, device="cpu")
+    a, b = (sample(F, D, xT, [10, 5, 1], ddpm, generator=rng(1, "cpu")) for F in (Hot(SCHEDULE), Plain(SCHEDULE)))
+    close(a, b, 20)
+
+
+def test_parameters_get_the_same_gradient_through_both_loops():
+    layer, F, xT, slopes = torch.nn.Linear(3, 3).double(), Hot(SCHEDULE), normal(2, 3, device="cpu"), []
+    for last in sample, lambda *a, **k: list(reverse(*a, **k))[-1].xt:
+        D = Denoiser(lambda x, t: layer(x), SCHEDULE, V)
+        slopes.append(torch.autograd.grad(last(F, D, xT, [10, 6, 3, 0], ddpm, generator=rng(0, "cpu")).square().sum(), layer.weight)[0])
+    close(*slopes, slopes[0].abs().max())
+    assert slopes[0].abs().min() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ step by step
+
+
+@kernels
+def test_the_loop_is_guess_then_noise_then_kernel(kernel):
+    "Written out with its own random stream: the posterior draws first, then the fresh noise, only where it is used."
+    F, xT, times = Hot(SCHEDULE), normal(3, 2, device="cpu"), [10, 6, 5, 1, 0]
+    def D(x, t): return Gaussian(net(x, t), torch.tensor(0.2, dtype=x.dtype))
+    g, x = rng(5, "cpu"), xT
+    for (t, s), step in zip(zip(times, times[1:]), reverse(F, D, xT, times, kernel, generator=rng(5, "cpu"))):
+        tt, ss = full(x, t), full(x, s)
+        x0 = D(x, tt).sample(generator=g)
+        fresh = torch.randn(x.shape, generator=g, dtype=x.dtype) if s and kernel is not reuse_noise else None
+        x = kernel(F, x0, x, tt, ss, fresh) if s else x0
+        assert step.t == s and torch.equal(step.x0, x0) and torch.equal(step.xt, x)
+
+
+@given(st.integers(3, 10), seeds)
+def test_reusing_noise_in_two_steps_is_one_step(t, seed):
+    F, (x0, xt) = Hot(SCHEDULE), (normal(4, 2, seed=seed + k, device="cpu") for k in (0, 1))
+    def go(x, t, s): return reuse_noise(F, x0, x, full(x, t), full(x, s), None)
+    close(go(go(xt, t, 2), 2, 1), go(xt, t, 1), (1 + xt.abs() + x0.abs()) / SCHEDULE.sigma[1] ** 2)
+
+
+def test_mixing_keeps_the_variance_of_the_noise():
+    F, x0 = Hot(SCHEDULE), torch.zeros(1, 1, dtype=torch.float64)
+    t, s, one = full(x0, 8), full(x0, 4), torch.ones_like(x0)
+    for rho in 0.0, 0.3, 0.5, 1.0:
+        keep = MixNoise(rho)(F, x0, SCHEDULE.sigma[8] * one, t, s, 0 * one) / SCHEDULE.sigma[4]
+        add = MixNoise(rho)(F, x0, 0 * one, t, s, one) / SCHEDULE.sigma[4]
+        close(add, torch.full_like(add, rho))
+        close(keep**2 + add**2, one)
+
+
+def test_shares_and_what_kernels_draw():
+    F = Hot(SCHEDULE)
+    assert fresh_noise.share(F, 3, 1) == 1 and reuse_noise.share(F, 3, 1) == 0 and MixNoise(0.4).share(F, 3, 1) == 0.4
+    assert fresh_noise.draws and ddpm.draws and not reuse_noise.draws
+    with pytest.raises(TypeError): Kernel()
+
+
+def test_a_kernel_without_use_for_noise_draws_none():
+    F, xT, g = Hot(SCHEDULE), normal(3, 2, device="cpu"), rng(2, "cpu")
+    before = g.get_state()
+    for run in sample, lambda *a, **k: list(reverse(*a, **k)):
+        run(F, Denoiser(net, SCHEDULE, EPS), xT, range(10, -1, -1), reuse_noise, generator=g)
+        assert torch.equal(g.get_state(), before)
+        run(F, Denoiser(net, SCHEDULE, EPS), xT, [10, 0], ddpm, generator=g)                # nor a last step
+        assert torch.equal(g.get_state(), before)
+
+
+@pytest.mark.parametrize("run", [sample, lambda *a, **k: list(reverse(*a, **k))], ids=["sample", "reverse"])
+def test_denoisers_get_times_of_each_row_the_target_if_they_ask_and_the_conditions(run):
+    seen = []
+    class D:
+        needs_s = True
+        def __call__(self, xt, t, *, s, label):
+            seen.append((t.tolist(), s.tolist(), label))
+            return Dirac(xt)
+    run(Hot(SCHEDULE), D(), normal(2, 1, device="cpu"), [10, 4, 0], ddpm, label=7)
+    assert seen == [([10, 10], [4, 4], 7), ([4, 4], [0, 0], 7)]
+
+
+def test_transitions_work_on_the_posterior_itself():
+    calls = []
+    def transition(F, posterior, xt, t, s, *, generator):
+        calls.append((t.tolist(), s.tolist(), generator))
+        return posterior.mean + xt
+    g, xT = rng(0, "cpu"), normal(2, 1, device="cpu")
+    D = lambda x, t: Gaussian(2 * x, torch.ones((), dtype=x.dtype))                 # noqa: E731
+    steps = list(reverse(Hot(SCHEDULE), D, xT, [10, 4, 0], transition, generator=g))
+    assert calls == [([10, 10], [4, 4], g), ([4, 4], [0, 0], g)]
+    assert torch.equal(steps[0].x0, 2 * xT) and torch.equal(steps[1].xt, 2 * (3 * xT) + 3 * xT)
+    assert torch.equal(sample(Hot(SCHEDULE), D, xT, [10, 4, 0], transition, generator=g), steps[1].xt)
+
+
+@pytest.mark.parametrize("kernel", [ddpm, lambda F, posterior, xt, t, s, *, generator: xt], ids=["kernel", "transition"])
+def test_families_that_do_not_start_at_the_data_end_with_the_guess(kernel):
+    class Encoded(Hot):
+        starts_at_data = False
+    xT = normal(2, 1, device="cpu")
+    *_, last = reverse(Encoded(SCHEDULE), lambda x, t: Dirac(3 * x), xT, [10, 0], kernel)
+    assert last.t == 0 and torch.equal(last.xt, 3 * xT) and torch.equal(last.x0, 3 * xT)
+
+
+def test_times_may_be_any_iterable_of_integers():
+    import numpy as np
+    F, D, xT = Hot(SCHEDULE), Denoiser(net, SCHEDULE, V), normal(2, 1, device="cpu")
+    runs = [SCHEDULE.times(5), tuple(SCHEDULE.times(5)), np.array(SCHEDULE.times(5)), iter(SCHEDULE.times(5))]
+    with unhooked(): a, *rest = (sample(F, D, xT, times, reuse_noise) for times in runs)
+    assert all(torch.equal(a, b) for b in rest)
+    assert torch.equal(sample(F, D, xT, range(10, -1, -1), reuse_noise), sample(F, D, xT, list(range(10, -1, -1)), reuse_noise))
+
+
+def test_unsound_runs_are_refused_before_the_first_step():
+    "`reverse` is checked when called, not when first iterated."
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        reverse(Hot(SCHEDULE), lambda x, t: Dirac(x), torch.zeros(1, 1), [1, 1], ddpm)
+
+
+def test_progress_goes_to_the_terminal_where_asked(capfd):
+    F, D, xT = Hot(SCHEDULE), Denoiser(net, SCHEDULE, V), normal(2, 1, device="cpu")
+    for run in sample, lambda *a, **k: list(reverse(*a, **k)):
+        run(F, D, xT, [10, 5, 0], ddpm)
+        assert capfd.readouterr() == ("", "")
+        run(F, D, xT, [10, 5, 0], ddpm, progress=True)
+        assert "2/2" in capfd.readouterr().err
+    assert bar([1], 1, False) == [1]
+
+
+def test_clock_has_a_row_for_each_time():
+    a, b = clock([7, 0], torch.zeros(3, 2))
+    assert a.tolist() == [7, 7, 7] and b.tolist() == [0, 0, 0] and a.dtype == torch.int64
+    assert Step(1, a, b)._fields == ("t", "xt", "x0")
+
+
+# --------------------------------------------------------------------------------------------------- what exactness costs
+
+
+def test_the_mean_instead_of_a_sample_loses_exactly_the_posterior_variance():
+    "One step from T: the variance of E[x0 | x_T] is alpha² v² / (alpha² v + sigma²), far below v (statement: use samples)."
+    F, v, n = Hot(Schedule.linear(10, 0.01, 0.3)), 0.8, 40_000
+    data = mixture(1, 1).gaussian(torch.zeros(1).double(), torch.tensor([[v]]).double())
+    oracle = Oracle(data, F.schedule)
+    xT = F.sample(data.sample(n, generator=rng(0, "cpu")), torch.full((n,), 10), generator=rng(1, "cpu"))
+    mean = sample(F, lambda x, t: Dirac(oracle(x, t).mean), xT, [10, 0], ddpm)
+    drawn = sample(F, oracle, xT, [10, 0], ddpm, generator=rng(2, "cpu"))
+    a, s = F.schedule.alpha[-1] ** 2, F.schedule.sigma[-1] ** 2
+    same_mean(mean**2, (a * v**2 / (a * v + s))[None])
+    same_mean(drawn**2, torch.tensor([v]))
+    assert a * v**2 / (a * v + s) < 0.3 * v
