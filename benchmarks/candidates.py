@@ -109,13 +109,13 @@ class Plain(Candidate):
             rows.append((torch.full(like.shape[:1], t, device=like.device), 1 / a[t], -b[t] / a[t], a[s] - keep * a[t], keep, rho * b[s]))
 
         def run(x):
-            x = x.clone()
+            x, x0, noise = x.clone(), torch.empty_like(x), torch.empty_like(x)
             for t, a0, b0, on_x0, on_xt, add in rows:
                 y = net(x, t)
-                x0 = torch.mul(x, a0).add_(y, alpha=b0)
+                torch.mul(x, a0, out=x0).add_(y, alpha=b0)
                 x.mul_(on_xt).add_(x0, alpha=on_x0)
                 if add:
-                    x.add_(torch.randn_like(x), alpha=add)
+                    x.add_(noise.normal_(), alpha=add)
             return x
 
         return run

@@ -242,7 +242,10 @@ def library(tmp_path):
     for name, text in modules.items():
         (tmp_path / "udm_book" / f"{name}.py").write_text(text)
     (tmp_path / "nbs" / "facts.toml").write_text("a = 1\n")
+    (tmp_path / "nbs" / "assets").mkdir()
+    (tmp_path / "nbs" / "assets" / "book.mplstyle").write_text("font.size: 1\n")
     code = "#| depends: facts.toml\nfrom udm_book.near import f\n%time 1\ndef g():\n    from udm_book import lazy\n"
+    code += "    style = 'assets/book.mplstyle'\n"
     save(tmp_path / "nbs" / "01_a.ipynb", cell(None, "prose"), cell("a", code))
     save(tmp_path / "nbs" / "02_b.ipynb", cell("b", "1"))
     save(tmp_path / "nbs" / "90_c.ipynb", cell("c", "#| depends: results"))
@@ -273,6 +276,7 @@ def stale(root):
         ("udm_book/near.py", "#aa", "#bb", set()),
         ("udm_book/__init__.py", '"1"', '"2"', set()),
         ("nbs/facts.toml", "1", "2", {"01_a"}),
+        ("nbs/assets/book.mplstyle", "1", "2", {"01_a"}),
         ("nbs/02_b.ipynb", '"results": []', '"results": [{"id": "x", "kind": "law"}]', {"90_c"}),
     ],
 )

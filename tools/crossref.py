@@ -192,6 +192,7 @@ class Numbering:
 
     def visit_table(self, element):
         """Tables written in markdown: they scroll where they are wide; captions stand above."""
+        element["c"] = walk(element["c"], self.scrolling)
         attributes, caption = element["c"][0], element["c"][1]
         head, body = [raw_block('<div class="table">')], [element, raw_block("</div>")]
         label = attributes[0]
@@ -201,6 +202,13 @@ class Numbering:
         text += caption[1][0]["c"]
         attributes[0], element["c"][1] = "", [None, []]
         return self.framed(label, "tbl", head + body, text)
+
+    @staticmethod
+    def scrolling(element):
+        """Long formulas in a table scroll by themselves, since a formula can't be broken into lines."""
+        if element["t"] == "Math" and len(element["c"][1]) > 90:
+            return [raw_inline('<span class="scroll">'), element, raw_inline("</span>")]
+        return None
 
     def heading(self, kind, label):
         """The words a caption begins with."""

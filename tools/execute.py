@@ -326,6 +326,7 @@ def execute(root, paths, mode, slow, jobs):
             break
         if not phase:
             continue
+        print("importing libraries …", flush=True)
         needed = {path: libraries(path, sources) for path in phase}
         prepare(set().union(*needed.values()))
         print(f"running {len(phase)} notebook{'s' * (len(phase) > 1)}, {min(jobs, len(phase))} at a time", flush=True)

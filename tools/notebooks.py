@@ -37,9 +37,14 @@ def record(notebook):
 
 
 def depends(notebook):
-    """What the notebook's outputs depend on beside its code: files below nbs/, or `results`."""
+    """What the notebook's outputs depend on beside its code: files below nbs/, or `results`.
+
+    They are declared by `#| depends: FILE …`; files in assets/ (the style of the figures) count when code names them.
+    """
     options = (parse(source(cell))[1] for cell in code_cells(notebook))
-    return sorted({word for option in options for word in option.get("depends", "").split()})
+    declared = {word for option in options for word in option.get("depends", "").split()}
+    named = {name for cell in code_cells(notebook) for name in re.findall(r"assets/[\w.-]+", source(cell))}
+    return sorted(declared | named)
 
 
 def python(cell):

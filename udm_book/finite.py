@@ -36,19 +36,20 @@ def given(law: Law, event: Callable[[Hashable], bool]) -> Law:
     "The law conditioned on an event; ZeroDivisionError where the event is impossible."
     kept = {x: p for x, p in law.items() if event(x)}
     total = sum(kept.values(), Fraction(0))
-    if not total: raise ZeroDivisionError("expected a possible event to condition on; got one of probability 0")
+    if not total: raise ZeroDivisionError("expected a possible event; got one of probability 0")
     return {x: p / total for x, p in kept.items()}
 
 def total_variation(p: Law, q: Law) -> Fraction:
     "Half the sum of absolute differences: 0 for equal laws, 1 for laws that share no outcome."
-    return sum((abs(p.get(x, Fraction(0)) - q.get(x, Fraction(0))) for x in {**p, **q}), Fraction(0)) / 2
+    return sum((abs(p.get(x, 0) - q.get(x, 0)) for x in {**p, **q}), Fraction(0)) / 2
 
 # %% ../nbs/06_finite.ipynb #exp-finite
 @dataclass(frozen=True)
 class Finite:
     """A forward process whose noise can be listed: `noise` is its law, `F(x0, t, eps)` the map, t = 0..T.
 
-    Laws are dictionaries of fractions. The kernels are laws of `x_s` given `(x0, xt)`, as in `udm_book.reverse`.
+    Laws are dictionaries of fractions. The kernels, those of `udm_book.reverse`, are laws of `x_s` given
+    `(x0, xt)`.
     """
     T: int
     noise: Law
@@ -79,7 +80,8 @@ class Finite:
         "The kernel that keeps the inferred noise."
         return then(self.infer_noise(x0, xt, t), lambda eps: sure(self.F(x0, s, eps)))
 
-    def run(self, start: Law, guess: Callable[[Hashable, int], Law], kernel: Callable[..., Law], times: list[int]) -> Law:
+    def run(self, start: Law, guess: Callable[[Hashable, int], Law], kernel: Callable[..., Law],
+            times: list[int]) -> Law:
         "The exact law at the end of a run of the reverse process: `guess(xt, t)` is the law of x0_hat."
         for t, s in zip(times, times[1:]):
             start = then(start, lambda xt: then(guess(xt, t), lambda x0: kernel(x0, xt, t, s)))
@@ -87,10 +89,10 @@ class Finite:
 
 # %% ../nbs/06_finite.ipynb #exp-models
 def hit(write: Callable, x0: tuple, t: int, eps: tuple) -> tuple:
-    "Overwrite the first t positions of the order in `eps` by what `write` makes of the old token and the noise there."
+    "Overwrite the first t positions of the order in `eps` by `write(old token, noise there)`."
     order, tokens = eps
     chosen = set(order[:t])
-    return tuple(write(old, new) if i in chosen else old for i, (old, new) in enumerate(zip(x0, tokens)))
+    return tuple(write(x0[i], tokens[i]) if i in chosen else x0[i] for i in range(len(x0)))
 
 def noises(length: int, tokens: Iterable) -> Law:
     "An order of the positions and a token for each of them, all equally likely."
@@ -106,14 +108,16 @@ def edit_any(length: int, vocab: int) -> Finite:
 
 def edit_different(length: int, vocab: int) -> Finite:
     "Rule two: exactly t positions get a token that differs from the old one."
-    return Finite(length, noises(length, range(1, vocab)), partial(hit, lambda old, new: (old + new) % vocab))
+    shift = partial(hit, lambda old, new: (old + new) % vocab)
+    return Finite(length, noises(length, range(1, vocab)), shift)
 
 # %% ../nbs/06_finite.ipynb #exp-data
 def repeating(vocab: int, length: int) -> Law:
     "Sentences whose next token repeats the last one with chance 2/3 and else is uniform."
+    def grow(x):
+        return {x + (v,): Fraction(2, 3) * (v == x[-1]) + Fraction(1, 3 * vocab) for v in range(vocab)}
     law = uniform((v,) for v in range(vocab))
-    for _ in range(length - 1):
-        law = then(law, lambda x: {x + (v,): Fraction(2, 3) * (v == x[-1]) + Fraction(1, 3 * vocab) for v in range(vocab)})
+    for _ in range(length - 1): law = then(law, grow)
     return law
 
 def product_of_marginals(law: Law) -> Law:

@@ -27,20 +27,23 @@ class Forward(nn.Module, ABC):
     invertible = False          # F_t(x0, .) can be solved for eps, so that infer_noise ignores `fresh`
 
     @abstractmethod
-    def forward(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"], eps: Noise) -> Shaped[Tensor, "b *d"]:
+    def forward(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],
+                eps: Noise) -> Shaped[Tensor, "b *d"]:
         "`F_t(x0, eps)`: pure, no randomness inside."
 
     @abstractmethod
-    def sample_noise(self, x0: Shaped[Tensor, "b *d"], *, generator: torch.Generator | None = None) -> Noise:
+    def sample_noise(self, x0: Shaped[Tensor, "b *d"], *,
+                     generator: torch.Generator | None = None) -> Noise:
         "`eps ~ q(eps)`, shaped for `x0`: the only randomness of the process."
 
     @abstractmethod
-    def infer_noise(self, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],
-                    fresh: Noise | None) -> Noise:
+    def infer_noise(self, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
+                    t: Int[Tensor, " b"], fresh: Noise | None) -> Noise:
         "`eps ~ q(eps | x0, xt)`, made from `fresh ~ q(eps)`; needs t >= 1."
 
     @abstractmethod
-    def prior(self, like: Shaped[Tensor, "b *d"], *, generator: torch.Generator | None = None) -> Shaped[Tensor, "b *d"]:
+    def prior(self, like: Shaped[Tensor, "b *d"], *,
+              generator: torch.Generator | None = None) -> Shaped[Tensor, "b *d"]:
         "The law to start generation from, drawn in the shape, dtype and device of `like`."
 
     def sample(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"], *,
@@ -59,17 +62,19 @@ def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 # %% ../nbs/02_forward.ipynb #exp-checks
 def check_rows(t: Tensor, **tensors: Tensor):
-    "Raise unless the tensors share one shape and `t` holds one integer per row. Looks at shapes and dtypes only."
+    "Raise unless the tensors share one shape and `t` holds one integer per row. Reads no values."
     (name, first), *rest = tensors.items()
     for other, x in rest:
         if x.shape != first.shape:
-            raise ValueError(f"expected {other} shaped as {name}, {tuple(first.shape)}; got {tuple(x.shape)}")
+            raise ValueError(f"expected {other} shaped as {name}, {tuple(first.shape)}; "
+                             f"got {tuple(x.shape)}")
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected integer times t (int64 or int32); got {t.dtype}")
     if t.shape != first.shape[:1]:
-        raise ValueError(f"expected one time per row of {name}, t of shape {tuple(first.shape[:1])}; got {tuple(t.shape)}")
+        raise ValueError(f"expected one time per row of {name}, t of shape {tuple(first.shape[:1])}; "
+                         f"got {tuple(t.shape)}")
 
 def check_t(t: Tensor, T: int):
-    "Raise unless all times lie in 1..T. Reads the values, so on a GPU it waits: for the edges of a program only."
+    "Raise unless all times lie in 1..T. Reads values, so a GPU waits: for the edges of a program."
     low, high = (int(v) for v in t.aminmax()) if t.numel() else (1, T)
     if low < 1 or high > T: raise ValueError(f"expected times in 1..{T}; got values from {low} to {high}")

@@ -24,7 +24,7 @@ def label(id: str) -> str:
 
 # %% ../nbs/90_ledger.ipynb #written
 def flat(expr):
-    "Merge nested sums and products of an unevaluated expression, so that it prints as a reader would write it."
+    "Merge nested sums and products of an unevaluated expression, so that it prints as one would write it."
     import sympy as sp
     if not expr.args or not isinstance(expr, sp.Basic): return expr
     args = [flat(a) for a in expr.args]
@@ -36,7 +36,7 @@ def flat(expr):
 
 # %% ../nbs/90_ledger.ipynb #zero-c
 def is_zero(expr, seed: str = "", draws: int = 3) -> bool:
-    "Whether `expr` vanishes: it simplifies to 0 **and** is 0 at random exact rationals of its symbols' signs."
+    "Whether `expr` vanishes: it simplifies to 0 **and** is 0 at random exact rationals of the right signs."
     import sympy as sp
     rng = random.Random(seed)
     def rational(symbol):
@@ -49,7 +49,7 @@ def is_zero(expr, seed: str = "", draws: int = 3) -> bool:
 
 # %% ../nbs/90_ledger.ipynb #equation
 class Equation:
-    "One statement as two SymPy sides: the displayed formula, the proofs and the compared function are all made from it."
+    "One statement as two SymPy sides, from which formula, proofs and compared function are made."
     def __init__(self, ledger, id: str, lhs, rhs):
         import sympy as sp
         self.ledger, self.id = ledger, id
@@ -71,7 +71,7 @@ class Equation:
 # %% ../nbs/90_ledger.ipynb #ledger
 class Ledger:
     "Statements shown and checks passed in one notebook, against the inventory `statements.toml`."
-    rewrite = staticmethod(lambda id, rhs: rhs)         # tests put a mutation here: every equation must then fail
+    rewrite = staticmethod(lambda id, rhs: rhs)     # a test puts mutations here: every equation must fail
 
     def __init__(self, path="statements.toml"):
         entries = tomllib.loads(Path(path).read_text(encoding="utf-8"))["statement"]
@@ -97,10 +97,12 @@ class Ledger:
     @contextmanager
     def check(self, id: str, kind: str, how: str):
         "Run the block as a check of `id`: it passes if nothing raises, and says so in one line."
-        if kind not in KINDS: raise ValueError(f"expected a kind of check among {', '.join(KINDS)}; got {kind!r}")
+        if kind not in KINDS:
+            raise ValueError(f"expected a kind of check among {', '.join(KINDS)}; got {kind!r}")
         if id not in self.inventory: raise KeyError(f"the inventory has no statement {id!r}")
         try: yield
-        except Exception as e: raise AssertionError(f"statement {id}: its {kind} failed ({how}): {e}") from e
+        except Exception as e:
+            raise AssertionError(f"statement {id}: its {kind} failed ({how}): {e}") from e
         self._record(id, kind, how=how)
         _show(html=f'<div class="checked">✓ {escape(how)} <code>{escape(id)} · {kind}</code></div>')
 
@@ -135,14 +137,15 @@ def collect(folder=".") -> dict[str, list[dict]]:
     "The stored results of all notebooks in `folder`: file name → results."
     import json
     files = sorted(Path(folder).glob("[0-9]*.ipynb"))
-    meta = {f.stem: json.loads(f.read_text(encoding="utf-8"))["metadata"].get("udm_book", {}) for f in files}
-    return {name: m["results"] for name, m in meta.items() if m.get("results")}
+    def results(f): return json.loads(f.read_text(encoding="utf-8"))["metadata"].get("udm_book", {}).get("results")
+    return {f.stem: found for f in files if (found := results(f))}
 
 # %% ../nbs/90_ledger.ipynb #exercises
 def attempt(check, answer):
     "An exercise: run its `check` on your `answer` and say in one line whether it is solved. Never raises."
     try: check(answer)
-    except Exception as e: _show(html=f'<div class="exercise">○ not yet: {escape(str(e) or type(e).__name__)}</div>')
+    except Exception as e:
+        _show(html=f'<div class="exercise">○ not yet: {escape(str(e) or type(e).__name__)}</div>')
     else: _show(html='<div class="exercise solved">● solved</div>')
 
 def solution(check, answer):

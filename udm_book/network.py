@@ -18,11 +18,12 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         if width < 4 or width % 2: raise ValueError(f"expected an even width of at least 4; got {width}")
-        self.register_buffer("frequency", torch.exp(-math.log(1e4) * torch.arange(width // 2) / (width // 2 - 1)), persistent=False)
+        self.half = width // 2
+        self.register_buffer("like", torch.empty(0), persistent=False)      # follows casts of the network, for its dtype
 
     def forward(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b width"]:
-        angle = t[:, None] * self.frequency
-        return torch.cat([angle.sin(), angle.cos()], 1)
+        angle = t[:, None] * torch.exp(-math.log(1e4) * torch.arange(self.half, device=t.device) / (self.half - 1))
+        return torch.cat([angle.sin(), angle.cos()], 1).to(self.like.dtype)      # bfloat16 has no room for t = 999
 
 # %% ../nbs/50_network.ipynb #exp-block
 class Block(nn.Module):

@@ -27,8 +27,9 @@ def nll(F: Forward, denoiser: Callable, x0: Shaped[Tensor, "b *d"], t: Int[Tenso
     return denoiser(F.sample(x0, t, generator=generator), t, **cond).nll(x0)
 
 # %% ../nbs/05_objective.ipynb #exp-network-loss
-def network_loss(F: Forward, denoiser: Callable, x0: Float[Tensor, "b *d"], t: Int[Tensor, " b"] | None = None, *,
-                 weight: Callable | None = None, generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
+def network_loss(F: Forward, denoiser: Callable, x0: Float[Tensor, "b *d"],
+                 t: Int[Tensor, " b"] | None = None, *, weight: Callable | None = None,
+                 generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
     """Mean squared error in the network's own space: its output against `denoiser.target(x0, eps, t)`.
 
     `t` is drawn uniformly from 1..T where it is not given; `weight(t)` multiplies row by row.
@@ -38,6 +39,7 @@ def network_loss(F: Forward, denoiser: Callable, x0: Float[Tensor, "b *d"], t: I
         check_rows(t, x0=x0)
         check_t(t, F.T)
     eps = F.sample_noise(x0, generator=generator)
-    error = fn.mse_loss(denoiser.net(F(x0, t, eps), t, **cond), denoiser.target(x0, eps, t), reduction="none")
+    y = denoiser.net(F(x0, t, eps), t, **cond)
+    error = fn.mse_loss(y, denoiser.target(x0, eps, t), reduction="none")
     loss = error.mean(tuple(range(1, error.ndim)))
     return loss if weight is None else weight(t) * loss

@@ -64,6 +64,7 @@ class Denoiser(nn.Module):
         self.net, self.parameterization = net, parameterization
         self.affine, self.mix = Tables(skip=skip, out=out), Tables(on_x0=p, on_eps=q)
         self.var = None if var is None else Tables(var=var)
+        self.is_x0, self.is_eps = (bool((one == 1).all() and (other == 0).all()) for one, other in ((p, q), (q, p)))
 
     def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Posterior:
         skip, out = self.affine.at(t, xt)
@@ -74,5 +75,6 @@ class Denoiser(nn.Module):
 
     def target(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
         "`p_t x0 + q_t eps`, what the network should have said."
+        if self.is_x0 or self.is_eps: return x0 if self.is_x0 else eps
         p, q = self.mix.at(t, x0)
         return (p * x0).addcmul_(q, eps)

@@ -52,17 +52,19 @@ class Gaussian(Posterior):
 # %% ../nbs/03_posterior.ipynb #exp-dirac
 @dataclass(frozen=True, eq=False)
 class Dirac(Posterior):
-    "All mass at `mean`. Its `nll` is the squared error: that of a normal law of variance 1/2, up to a constant."
+    "All mass at `mean`. Its `nll` is the squared error: a normal law of variance 1/2, up to a constant."
     mean: Float[Tensor, "b *d"]
 
-    def sample(self, *, generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]: return self.mean
+    def sample(self, *, generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
+        return self.mean
 
-    def nll(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]: return per_row((x0 - self.mean).square())
+    def nll(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
+        return per_row((x0 - self.mean).square())
 
 # %% ../nbs/03_posterior.ipynb #exp-laplace
 @dataclass(frozen=True, eq=False)
 class Laplace(Posterior):
-    "Independent coordinates with density `exp(-|x0 - mean| / scale) / (2 scale)`: the law whose nll is an L1 error."
+    "Independent coordinates of density `exp(-|x0 - mean| / scale) / (2 scale)`: its nll is an L1 error."
     mean: Float[Tensor, "b *d"]
     scale: Float[Tensor, "..."]
 

@@ -24,14 +24,15 @@ from .posterior import Posterior
 class Kernel(ABC):
     """A rule `(F, x0, xt, t, s, fresh) -> xs`: pure, its noise an argument.
 
-    It answers as if `x0` were the true data. A kernel whose `xs` has the law q(x_s | x0) whenever `xt` has the law
-    q(x_t | x0) is *consistent*, and that is all the exactness theorem asks (statement book.udm-consistency).
+    It answers as if `x0` were the true data. A kernel whose `xs` has the law q(x_s | x0) whenever `xt`
+    has the law q(x_t | x0) is *consistent*, and that is all the exactness theorem asks (statement
+    book.udm-consistency).
     """
     draws = True                # uses `fresh` even where the noise of F can be solved for
 
     @abstractmethod
-    def __call__(self, F: Forward, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],
-                 s: Int[Tensor, " b"], fresh: Noise | None) -> Shaped[Tensor, "b *d"]:
+    def __call__(self, F: Forward, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
+                 t: Int[Tensor, " b"], s: Int[Tensor, " b"], fresh: Noise | None) -> Shaped[Tensor, "b *d"]:
         "`x_s` from the guess `x0`, the present `xt` and `fresh ~ q(eps)`; 0 <= s < t."
 
     @abstractmethod
@@ -57,9 +58,9 @@ fresh_noise, reuse_noise = FreshNoise(), ReuseNoise()
 # %% ../nbs/04_reverse.ipynb #exp-mix
 @dataclass(frozen=True)
 class MixNoise(Kernel):
-    """Keep `sqrt(1 - rho²)` of the inferred noise and add `rho` of fresh noise (statement udm.05); normal noise only.
+    """Keep `sqrt(1 - rho²)` of the inferred noise and add `rho` of fresh noise (statement udm.05).
 
-    `rho` is a number in [0, 1] or a function `(F, t, s)` that returns one for each row, in float64.
+    For normal noise only. `rho` is a number in [0, 1] or a function `(F, t, s)` that returns one for each row, in float64.
     """
     rho: float | Callable
 
@@ -70,31 +71,39 @@ class MixNoise(Kernel):
     def share(self, F: Forward, t, s): return self.rho(F, t, s) if callable(self.rho) else self.rho
 
     def __call__(self, F, x0, xt, t, s, fresh):
-        rho = torch.as_tensor(self.share(F, t, s), dtype=torch.float64, device=xt.device).expand(t.shape)
+        rho = torch.as_tensor(self.share(F, t, s), dtype=torch.float64, device=xt.device)
+        rho = rho.expand(t.shape)
         rho = rho.reshape(-1, *[1] * (xt.ndim - 1))
         keep, add = (1 - rho.square()).sqrt().to(xt.dtype), rho.to(xt.dtype)
         return F(x0, s, keep * F.infer_noise(x0, xt, t, fresh) + add * fresh)
 
 # %% ../nbs/04_reverse.ipynb #exp-checks
 def check_run(F: Forward, xT: Tensor, times: Iterable[int]) -> list[int]:
-    "The times of a run as a list, once they and the start are found to be sound; else ValueError or TypeError."
+    "The times of a run as a list, if they and the start are sound; else ValueError or TypeError."
     times = list(times)
     if any(isinstance(t, bool) or not hasattr(t, "__index__") or isinstance(t, Tensor) for t in times):
         raise TypeError(f"expected times as Python integers; got {[type(t).__name__ for t in times][:5]}")
     times = [operator.index(t) for t in times]
     if len(times) < 2: raise ValueError(f"expected at least two times, a start and an end; got {times}")
-    if any(s >= t for t, s in zip(times, times[1:])): raise ValueError(f"expected strictly decreasing times; got {times}")
-    if times[0] > F.T or times[-1] < 0: raise ValueError(f"expected times between {F.T} and 0; got {times[0]} to {times[-1]}")
-    if xT.ndim < 1 or not len(xT): raise ValueError(f"expected xT to hold at least one row; got shape {tuple(xT.shape)}")
+    if any(s >= t for t, s in zip(times, times[1:])):
+        raise ValueError(f"expected strictly decreasing times; got {times}")
+    if times[0] > F.T or times[-1] < 0:
+        raise ValueError(f"expected times between {F.T} and 0; got {times[0]} to {times[-1]}")
+    if F.affine() is not None and not xT.is_floating_point():
+        raise TypeError(f"expected a floating-point xT; got {xT.dtype}")
+    if xT.ndim < 1 or not len(xT):
+        raise ValueError(f"expected xT to hold at least one row; got shape {tuple(xT.shape)}")
     if xT.is_floating_point() and not torch.isfinite(xT).all():
-        raise ValueError(f"expected a finite xT; got {int((~torch.isfinite(xT)).sum())} values that are NaN or infinite")
+        bad = int((~torch.isfinite(xT)).sum())
+        raise ValueError(f"expected a finite xT; got {bad} values that are NaN or infinite")
     return times
 
 def ask(denoiser: Callable, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Posterior:
     "`p(x0 | xt)` by a denoiser; one that sets `needs_s = True` is told the target time too."
     posterior = denoiser(xt, t, **({"s": s} if getattr(denoiser, "needs_s", False) else {}), **cond)
     if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected the denoiser to return a Posterior, e.g. Dirac(x0_hat); got {type(posterior).__name__}")
+        raise TypeError(f"expected the denoiser to return a Posterior, e.g. Dirac(x0_hat); "
+                        f"got {type(posterior).__name__}")
     return posterior
 
 def clock(times: Sequence[int], x: Tensor) -> tuple[Int[Tensor, " b"], ...]:
@@ -114,14 +123,16 @@ class Step(NamedTuple):
     xt: Tensor
     x0: Tensor
 
-def reverse(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int], transition: Callable, *,
-            generator: torch.Generator | None = None, progress: bool = False, **cond) -> Iterator[Step]:
+def reverse(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int],
+            transition: Callable, *, generator: torch.Generator | None = None, progress: bool = False,
+            **cond) -> Iterator[Step]:
     """Guess the data, step from t to s, repeat: yields a `Step` for each time reached (statement udm.02).
 
     `times` are Python integers, strictly decreasing, e.g. `schedule.times(20)` or `range(T, -1, -1)`.
-    `transition` is a `Kernel`, or a function `(F, posterior, xt, t, s, *, generator) -> xs` that works on the posterior
-    itself. A kernel draws `x0_hat` from the posterior first and then, if it uses any, fresh noise; at s = 0 it
-    returns `x0_hat`. Yields fresh tensors, never writes to `xT`. Raises ValueError or TypeError on unsound times or starts.
+    `transition` is a `Kernel`, or a function `(F, posterior, xt, t, s, *, generator) -> xs` that works on
+    the posterior itself. A kernel draws `x0_hat` from the posterior first and then, if it uses any, fresh
+    noise; at s = 0 it returns `x0_hat`. Yields fresh tensors, never writes to `xT`.
+    Raises ValueError or TypeError on unsound times or starts.
     """
     times = check_run(F, xT, times)
     return _reverse(F, denoiser, xT, times, transition, generator, progress, cond)
@@ -135,16 +146,18 @@ def _reverse(F, denoiser, x, times, transition, generator, progress, cond):
             x0 = posterior.sample(generator=generator)
             if times[i + 1] == 0: x = x0
             else:
-                fresh = F.sample_noise(x0, generator=generator) if transition.draws or not F.invertible else None
+                draws = transition.draws or not F.invertible
+                fresh = F.sample_noise(x0, generator=generator) if draws else None
                 x = transition(F, x0, x, t, s, fresh)
         else: x0, x = posterior.mean, transition(F, posterior, x, t, s, generator=generator)
         yield Step(times[i + 1], x, x0)
 
 # %% ../nbs/04_reverse.ipynb #exp-collapse
-def coefficients(F: Forward, kernel: Kernel, times: Sequence[int]) -> list[list[float]] | None:
-    """A run's steps as `x_s = a x0_hat + b x_t + c fresh`, computed once in float64; None unless F is affine with normal noise.
+def coefficients(F: Forward, kernel: Callable, times: Sequence[int]) -> list[list[float]] | None:
+    """A run's steps as `x_s = a x0_hat + b x_t + c fresh`, computed once in float64.
 
-    With `k = sqrt(1 - rho²)`: a = alpha_s - k sigma_s alpha_t / sigma_t, b = k sigma_s / sigma_t, c = rho sigma_s.
+    With `k = sqrt(1 - rho²)`: a = alpha_s - k sigma_s alpha_t / sigma_t, b = k sigma_s / sigma_t,
+    c = rho sigma_s. None unless F is affine with normal noise.
     """
     if F.affine() is None or not isinstance(kernel, Kernel): return None
     alpha, sigma = F.affine()
@@ -158,8 +171,9 @@ def coefficients(F: Forward, kernel: Kernel, times: Sequence[int]) -> list[list[
     return rows
 
 # %% ../nbs/04_reverse.ipynb #exp-sample
-def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int], transition: Callable, *,
-           generator: torch.Generator | None = None, progress: bool = False, **cond) -> Shaped[Tensor, "b *d"]:
+def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int],
+           transition: Callable, *, generator: torch.Generator | None = None, progress: bool = False,
+           **cond) -> Shaped[Tensor, "b *d"]:
     """The last state of `reverse`, from the same random stream; never writes to `xT`.
 
     Where the family is affine with normal noise a step is one linear combination; where no gradient is asked
@@ -173,7 +187,11 @@ def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: It
     grid, x, spare, noise = clock(times, xT), xT, None, None
     for i, (a, b, c) in enumerate(bar(rows, len(rows), progress)):
         x0 = ask(denoiser, x, grid[i], grid[i + 1], cond).sample(generator=generator)
-        if times[i + 1] == 0: return x0
+        if x0.shape != x.shape:
+            raise ValueError(f"expected guesses shaped as the state, {tuple(x.shape)}; got {tuple(x0.shape)}")
+        if times[i + 1] == 0:
+            x = x0
+            continue                    # not `return`: the progress bar comes to its end
         xs = torch.mul(x0, a, out=None if torch.is_grad_enabled() else spare if spare is not None else torch.empty_like(x))
         if b: xs.add_(x, alpha=b)
         if transition.draws:

@@ -26,7 +26,8 @@ def linear_betas(T: int, beta_1: float = 1e-4, beta_T: float = .02) -> Float64[T
 # %% ../nbs/10_schedule.ipynb #exp-geometric
 def geometric_betas(T: int, beta_1: float = 1e-4, beta_T: float = .02) -> Float64[Tensor, " T"]:
     "Even ratios from beta_1 to beta_T (statement aai.claim-geometric)."
-    return torch.linspace(math.log(beta_1), math.log(beta_T), T, dtype=torch.float64).exp()
+    u = torch.linspace(0, 1, T, dtype=torch.float64)
+    return beta_1 ** (1 - u) * beta_T ** u
 
 # %% ../nbs/10_schedule.ipynb #exp-cosine
 def cosine_betas(T: int, offset: float = .008, max_beta: float = .999) -> Float64[Tensor, " T"]:
@@ -38,7 +39,7 @@ def cosine_betas(T: int, offset: float = .008, max_beta: float = .999) -> Float6
 class Tables(nn.Module):
     """Columns of numbers, one row for each time, looked up by `at`.
 
-    They stay float64 when a module around them is cast (a float32 schedule is wrong in the fourth digit at t = 1);
+    They stay float64 when a module around them is cast (a float32 schedule is wrong in the fourth decimal at t = 1);
     an explicit `.float()` on the table itself serves devices that have no float64.
     """
     def __init__(self, **columns: Tensor):
