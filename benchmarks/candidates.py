@@ -10,7 +10,6 @@ Each candidate does three things with a network `net(x, t)` that predicts the no
 switched off where there is a switch.
 """
 import importlib.metadata
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 T = 1000
-os.environ.setdefault("TQDM_DISABLE", "1")  # others' progress bars
 
 
 class Candidate(ABC):
@@ -109,11 +107,10 @@ class Plain(Candidate):
             rows.append((torch.full(like.shape[:1], t, device=like.device), 1 / a[t], -b[t] / a[t], a[s] - keep * a[t], keep, rho * b[s]))
 
         def run(x):
-            x, x0, noise = x.clone(), torch.empty_like(x), torch.empty_like(x)
+            x, spare, noise = x.clone(), torch.empty_like(x), torch.empty_like(x)
             for t, a0, b0, on_x0, on_xt, add in rows:
-                y = net(x, t)
-                torch.mul(x, a0, out=x0).add_(y, alpha=b0)
-                x.mul_(on_xt).add_(x0, alpha=on_x0)
+                x0 = torch.mul(x, a0).add_(net(x, t), alpha=b0)
+                x, spare = torch.mul(x0, on_x0, out=spare).add_(x, alpha=on_xt), x
                 if add:
                     x.add_(noise.normal_(), alpha=add)
             return x

@@ -11,10 +11,13 @@ all work is done in one thread. On a GPU it is CUDA's events around the work, so
 """
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+
+os.environ["TQDM_DISABLE"] = "1"  # others' progress bars; read when torch imports tqdm
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +239,7 @@ def destruction(entrants: dict, device: str, rounds: int) -> dict[str, dict[str,
         runners[name, "forward"] = lambda forward=forward: forward(x0, eps, t)
         if entrants[name].has_out:
             runners[name, "forward out"] = lambda forward=forward: forward(x0, eps, t, out=target)
-    times, out = race(runners, device, 2 * rounds), {name: {} for name in entrants}
+    times, out = race(runners, device, rounds), {name: {} for name in entrants}
     for who in runners:
         if who:
             out[who[0]][f"{who[1]} ratio"] = ratio(times[who], times[""])
@@ -246,11 +249,11 @@ def destruction(entrants: dict, device: str, rounds: int) -> dict[str, dict[str,
 
 def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[str, float]]:
     """All figures of all entrants."""
-    rounds, out = (3 if quick else 25), {name: counts(c, device) for name, c in entrants.items()}
+    rounds, out = (3 if quick else 15), {name: counts(c, device) for name, c in entrants.items()}
     for part in (
         sampling(entrants, device, rounds),
         training(entrants, device, rounds, OneConv, "one convolution", 10),
-        training(entrants, device, max(3, rounds // 2), UNet, "U-Net", 1),
+        training(entrants, device, max(3, rounds // 2 + 2), UNet, "U-Net", 1),
         destruction(entrants, device, rounds),
     ):
         for name, found in part.items():
@@ -329,7 +332,7 @@ def main():
     if args.device == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
         if "udm_book" in entrants:
-            result["steps"] = step_functions("cuda", 3 if args.quick else 25)
+            result["steps"] = step_functions("cuda", 3 if args.quick else 15)
     print(json.dumps(result))
 
 

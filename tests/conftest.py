@@ -12,7 +12,7 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 # While tests run, shape annotations are enforced: this must happen before anything imports the library.
-jaxtyping.install_import_hook("udm_book", "beartype.beartype")
+HOOK = jaxtyping.install_import_hook("udm_book", "beartype.beartype")
 
 ASKED = os.environ.get("UDM_DEVICE", "cpu")
 MISSING = ASKED.startswith("cuda") and not torch.cuda.is_available()

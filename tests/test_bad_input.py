@@ -131,7 +131,7 @@ CASES = {
     "NaN among means": (V, lambda: mix(means=nan * eye), "finite means and covariances", "NaN or infinite"),
     "an oracle at another precision": (T, lambda: Oracle(mix(), S)(x.double(), t), "dtype of the data, torch.float32", "torch.float64"),
     "an oracle with too few times": (V, lambda: Oracle(mix(), S)(x, t[:1]), r"one time per row of xt, t of shape \(3,\)", r"\(1,\)"),
-    "an oracle at another shape": (V, lambda: Oracle(mix(), S)(torch.zeros(3, 5), t), r"rows of shape \(2,\)", r"\(5,\)"),
+    "an oracle at another shape": (V, lambda: Oracle(mix(), S)(torch.zeros(3, 5), t), r"rows shaped as the data, \(2,\)", r"\(5,\)"),
     # networks
     "odd height": (V, lambda: ConvNet(1, 8)(torch.zeros(1, 1, 7, 8), t[:1]), r"\(b, 1, h, w\) with even h and w", r"\(1, 1, 7, 8\)"),
     "odd width": (V, lambda: ConvNet(1, 8)(torch.zeros(1, 1, 8, 7), t[:1]), "even h and w", r"\(1, 1, 8, 7\)"),

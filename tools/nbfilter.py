@@ -54,17 +54,19 @@ def parse(text):
 
 
 def filter_output(output, alt):
-    """HTML with scripts (matplotlib animations): no fonts from elsewhere, an alternative text, and raw HTML.
+    """HTML as raw HTML in markdown, animations of matplotlib without fonts from elsewhere and with an alternative text.
 
-    As plain HTML output it would make Quarto load jquery and requirejs from a content network.
+    For any plain HTML output, however small, Quarto would load jquery and requirejs from a content network.
     """
-    text = source(output.get("data", {}).get("text/html"))
-    if "<script" not in text:
+    text = source(output.get("data", {}).get("text/html")).strip()
+    if not text:
         return output
-    text = re.sub(r'<link rel="stylesheet"\s+href="https?://[^>]*>', "", text)
-    text = text.replace('language="javascript"', 'type="text/javascript"')
-    text = text.replace('<img id="_anim', f'<img alt="{html.escape(alt)}" id="_anim')
-    return dict(output, data={"text/markdown": ["```{=html}\n", text.strip(), "\n```\n"]})
+    if "<script" in text:
+        text = re.sub(r'<link rel="stylesheet"\s+href="https?://[^>]*>', "", text).strip()
+        text = text.replace('language="javascript"', 'type="text/javascript"')
+        text = text.replace('<img id="_anim', f'<img alt="{html.escape(alt)}" id="_anim')
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return dict(output, data={"text/markdown": [fence + "{=html}\n", text, f"\n{fence}\n"]})
 
 
 def filter_cell(cell, module):

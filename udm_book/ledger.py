@@ -54,7 +54,7 @@ class Equation:
         import sympy as sp
         self.ledger, self.id = ledger, id
         self.latex = sp.latex(sp.Eq(flat(lhs), flat(rhs), evaluate=False), order="none")
-        self.lhs, self.rhs = lhs.doit(), Ledger.rewrite(id, rhs.doit())
+        with sp.evaluate(True): self.lhs, self.rhs = lhs.doit(), Ledger.rewrite(id, rhs.doit())
 
     def prove(self, a, b, how: str):
         "Check that the expressions `a` and `b` are equal, and record a `proof` of this equation."

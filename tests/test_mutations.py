@@ -1,0 +1,246 @@
+"""The tests have power: small errors in the exported code are noticed.
+
+Mutants come from rules applied to the exported lines (a sign, an index off by one, a missing square root, alpha for sigma,
+s for t, the mean for a sample, …) and from a list of classics. Each lives in a fork of this process, where the library is
+loaded anew with one module changed and the fast tests of that module and the laws are run until one fails.
+Survivors stand in EQUIVALENT, each with the reason why no test can tell it from the original.
+"""
+import ast
+import copy
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import itertools
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "udm_book"
+
+# What runs against a mutant of a module: its own test file first, then those that rest on it.
+KILLERS = {
+    "forward": ["test_forward", "test_bad_input", "test_laws"],
+    "posterior": ["test_posterior", "test_objective", "test_laws"],
+    "reverse": ["test_reverse", "test_bad_input", "test_hot", "test_speed", "test_laws"],
+    "objective": ["test_objective", "test_bad_input"],
+    "schedule": ["test_schedule", "test_bad_input", "test_laws"],
+    "hot": ["test_hot", "test_bad_input", "test_laws"],
+    "parameterization": ["test_parameterization", "test_bad_input", "test_objective", "test_schedule"],
+    "oracle": ["test_oracle", "test_bad_input", "test_laws"],
+    "data": ["test_data", "test_bad_input"],
+    "train": ["test_train", "test_bad_input"],
+    "network": ["test_network", "test_bad_input"],
+}
+
+# ----------------------------------------------------------------------------------------------------------- the classics
+
+# (module, what stands there, what is put there instead): errors that published code has had.
+CLASSICS = {
+    "β for β̃: the variance of the chain in the posterior": ("hot", "row((sigma[s] * rho).square(), x0)", "row((sigma[t] * rho).square(), x0)"),
+    "√ᾱ_t for √α_t in the chain": ("hot", "row(a[t] / a[s], xs) * xs", "row(a[t], xs) * xs"),
+    "unstrided β: the share of one step, whatever the stride": ("hot", "\n    a, b = (schedule.alpha, schedule.sigma)\n", "\n    a, b, s = (schedule.alpha, schedule.sigma, t - 1)\n"),
+    "the ratio of SNRs upside down": ("hot", "a[t] * b[s] / (a[s] * b[t])", "a[s] * b[t] / (a[t] * b[s])"),
+    "a variance for a standard deviation": ("hot", ".clamp_min(0).sqrt()", ".clamp_min(0)"),
+    "ᾱ for √ᾱ in the tables": ("schedule", "super().__init__(alpha=a.sqrt()", "super().__init__(alpha=a"),
+    "1 - √ᾱ for √(1 - ᾱ)": ("schedule", "sigma=(1 - a).sqrt()", "sigma=1 - a.sqrt()"),
+    "σ² for σ": ("schedule", "sigma=(1 - a).sqrt()", "sigma=1 - a"),
+    "log-SNR without its 2": ("schedule", "return 2 * (self.alpha.log()", "return (self.alpha.log()"),
+    "the cosine without its clip": ("schedule", ".clamp(max=max_beta)", ""),
+    "the mean instead of a sample (generic loop)": ("reverse", "x0 = posterior.sample(generator=generator)", "x0 = posterior.mean"),
+    "the mean instead of a sample (collapsed loop)": ("reverse", "cond).sample(generator=generator)", "cond).mean"),
+    "the last step adds noise": ("reverse", "            if times[i + 1] == 0:", "            if False:"),
+    "noise kept with 1 - ρ for √(1 - ρ²)": ("reverse", "keep, add = ((1 - rho.square()).sqrt()", "keep, add = ((1 - rho)"),
+    "noise scaled by σ_t for σ_s": ("reverse", "rho * sigma[s]], 1)", "rho * sigma[t]], 1)"),
+    "the guess scaled by α_t for α_s": ("reverse", "torch.stack([alpha[s] - b * alpha[t]", "torch.stack([alpha[t] - b * alpha[t]"),
+    "the denoiser told the time it steps to": ("reverse", "ask(denoiser, x, grid[i], grid[i + 1], cond).sample", "ask(denoiser, x, grid[i + 1], grid[i + 1], cond).sample"),
+    "the sign of v": ("parameterization", "(-sigma, alpha)", "(sigma, alpha)"),
+    "skip and out exchanged": ("parameterization", "(torch.where(data, 1.0, -q / det), torch.where(data, 0.0, sigma / det))", "(torch.where(data, 0.0, sigma / det), torch.where(data, 1.0, -q / det))"),
+    "the weight without its square": ("parameterization", "[1].square()", "[1]"),
+    "times drawn from 0": ("objective", "torch.randint(1, F.T + 1", "torch.randint(0, F.T + 1"),
+    "times drawn up to T - 1": ("objective", "torch.randint(1, F.T + 1", "torch.randint(1, F.T"),
+    "a new noise for the target": ("objective", "denoiser.target(x0, eps, t), reduction", "denoiser.target(x0, F.sample_noise(x0), t), reduction"),
+    "Laplace draws of one sign": ("posterior", "dtype=m.dtype) * 2 - 1", "dtype=m.dtype) * 0 + 1"),
+    "a standard deviation taken for a variance": ("posterior", "self.var.sqrt() * normal_like", "self.var * normal_like"),
+    "the oracle forgets what the data weigh": ("oracle", "d.log_weights + component_log_prob(z, total)", "component_log_prob(z, total)"),
+    "the covariance between components left out": ("oracle", "return within + torch.einsum", "return within + 0 * torch.einsum"),
+    "the moving average turned around": ("train", "1 - keep)", "keep)"),
+}
+
+# ---------------------------------------------------------------------------------------------------------------- the rules
+
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+         ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And}
+NAMES = {"alpha": "sigma", "sigma": "alpha", "t": "s", "s": "t", "skip": "out", "mean": "var", "x0": "xt", "xt": "x0", "low": "high"}
+DROPPED = {"sqrt", "square", "log", "exp", "abs", "softmax", "logsumexp", "log_softmax", "clamp_min", "clone", "double", "round"}
+
+
+def mutate(node):
+    """Wrong versions of one node: what to say, and the node to put in its place."""
+    def changed(**fields):
+        new = copy.copy(node)
+        for k, v in fields.items(): setattr(new, k, v)
+        return new
+    kind = type(node)
+    if kind is ast.BinOp and type(node.op) in SWAPS: yield "operator", changed(op=SWAPS[type(node.op)]())
+    if kind is ast.BoolOp: yield "and/or", changed(op=SWAPS[type(node.op)]())
+    if kind is ast.Compare and len(node.ops) == 1 and type(node.ops[0]) in SWAPS: yield "comparison", changed(ops=[SWAPS[type(node.ops[0])]()])
+    if kind is ast.UnaryOp and isinstance(node.op, (ast.USub, ast.Not)): yield "sign", node.operand
+    if kind is ast.Constant and type(node.value) in (int, float):
+        for d in 1, -1: yield f"{d:+}", changed(value=node.value + d)
+    if kind is ast.Constant and type(node.value) is bool: yield "not", changed(value=not node.value)
+    if kind is ast.Name and isinstance(node.ctx, ast.Load) and node.id in NAMES: yield "name", changed(id=NAMES[node.id])
+    if kind is ast.Attribute and isinstance(node.ctx, ast.Load) and node.attr in NAMES: yield "name", changed(attr=NAMES[node.attr])
+    if kind is ast.Attribute and node.attr == "alpha_bar": yield "alpha", changed(attr="alpha")
+    if kind is ast.Call and isinstance(node.func, ast.Attribute):
+        if node.func.attr in DROPPED and not isinstance(node.func.value, ast.Name) or node.func.attr in DROPPED and not node.args:
+            yield "dropped", node.func.value
+        if node.func.attr == "sample": yield "mean", ast.Attribute(node.func.value, "mean", ast.Load())
+    if kind is ast.IfExp: yield "branches", changed(body=node.orelse, orelse=node.body)
+    if kind is ast.keyword and node.arg == "generator" and isinstance(node.value, ast.Name): yield "generator", changed(value=ast.Constant(None))
+
+
+IGNORED = (ast.JoinedStr, ast.Raise, ast.arg, ast.AnnAssign, ast.Import, ast.ImportFrom)
+
+
+def places(node, path=()):
+    """Every node below, with the way to it; annotations, messages, docstrings and imports left out."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "bases"): continue
+        for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST) and not isinstance(child, IGNORED):
+                if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant): continue
+                yield child, (*path, (field, i))
+                yield from places(child, (*path, (field, i)))
+
+
+def mutants(module):
+    """name -> source, for every mutant of a module that the rules make."""
+    tree, found = ast.parse((LIBRARY / f"{module}.py").read_text(encoding="utf-8")), {}
+    for node, path in places(tree):
+        for what, new in mutate(node):
+            whole = copy.deepcopy(tree)
+            parent = whole
+            for field, i in path[:-1]: parent = getattr(parent, field) if i is None else getattr(parent, field)[i]
+            field, i = path[-1]
+            if i is None: setattr(parent, field, new)
+            else: getattr(parent, field)[i] = new
+            def said(n): return ast.unparse(n).replace("\n", " ")[:60]
+            where = f"{module} in {owner(tree, path)}: {said(node)} -> {said(new)}"
+            number = sum(k.startswith(where) for k in found)
+            found[where + (f" #{number + 1}" if number else "")] = ast.unparse(ast.fix_missing_locations(whole))
+    return found
+
+
+def owner(tree, path):
+    """The function or class that a place belongs to."""
+    names, node = [], tree
+    for field, i in path:
+        node = getattr(node, field) if i is None else getattr(node, field)[i]
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
+    return ".".join(names) or "module"
+
+
+# ------------------------------------------------------------------------------------------------------------- the killers
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads one module of the library from a given source."""
+    def __init__(self, module, source): self.name, self.source = "udm_book." + module, source
+    def find_spec(self, name, path, target=None): return importlib.util.spec_from_loader(name, self) if name == self.name else None
+    def exec_module(self, module): exec(compile(self.source, self.name, "exec"), module.__dict__)
+
+
+SLOW_HERE = re.compile("compiled|progress|reference_text")
+
+
+def cases(module):
+    """The tests of a module as plain calls: every combination of their parameters; fixtures and slow ones left out."""
+    for name, f in list(vars(module).items()):
+        if not name.startswith("test_") or not callable(f) or SLOW_HERE.search(name): continue
+        marks = getattr(f, "pytestmark", [])
+        if any(m.name in ("slow", "skip") for m in marks): continue
+        axes = []
+        for m in marks:
+            if m.name != "parametrize": continue
+            names = [n.strip() for n in m.args[0].split(",")]
+            axes.append([dict(zip(names, v if len(names) > 1 else [v])) for v in m.args[1]])
+        wanted = set(inspect.signature(f).parameters)
+        for combination in itertools.product(*axes):
+            given = {k: v for part in combination for k, v in part.items()}
+            if wanted <= given.keys(): yield f"{module.__name__}.{name}", f, given
+
+
+def verdict(module, source, seconds=100):
+    """The first test that fails on the mutated library, or None. Runs in a fork."""
+    import hypothesis
+    import torch
+    from conftest import HOOK
+    hypothesis.settings.register_profile("mutants", deadline=None, derandomize=True, database=None, max_examples=12,
+                                         phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], report_multiple_bugs=False)
+    hypothesis.settings.load_profile("mutants")
+    HOOK.uninstall()
+    torch.manual_seed(0)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("udm_book", "families", "strategies") or name.startswith("test_"): del sys.modules[name]
+    sys.meta_path.insert(0, Mutated(module, source))
+    signal.alarm(seconds)                                                            # an endless loop is noticed too
+    name = "import"
+    try:
+        for file in KILLERS[module]:
+            tests = importlib.import_module(file)
+            for name, f, given in cases(tests): f(**given)
+    except BaseException as e:
+        return f"{name}: {type(e).__name__}"
+    return None
+
+
+def killed(module, source):
+    """What `verdict` says, from a fork of this process."""
+    with tempfile.TemporaryFile("w+") as answer:
+        if not (pid := os.fork()):
+            with open(os.devnull, "w") as null: os.dup2(null.fileno(), 1), os.dup2(null.fileno(), 2)
+            answer.write(verdict(module, source) or "")
+            answer.flush()
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        answer.seek(0)
+        return answer.read() or (f"signal {status}" if status else "")
+
+
+def with_edit(module, old, new):
+    text = ast.unparse(ast.parse((LIBRARY / f"{module}.py").read_text(encoding="utf-8")))      # one line per statement
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {module}.py: bring CLASSICS up to date"
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize("module", ["objective", *(pytest.param(m, marks=pytest.mark.slow) for m in KILLERS if m != "objective")])
+def test_the_killers_let_the_original_live(module):
+    "Otherwise every mutant would count as noticed."
+    assert not killed(module, (LIBRARY / f"{module}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", CLASSICS)
+def test_classic_errors_are_noticed(name):
+    assert killed(CLASSICS[name][0], with_edit(*CLASSICS[name]))
+
+
+EQUIVALENT = {
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", KILLERS)
+def test_generated_mutants_are_noticed(module):
+    survivors = [name for name, source in mutants(module).items() if not killed(module, source)]
+    unknown = [name for name in survivors if name not in EQUIVALENT]
+    assert not unknown, f"{len(unknown)} mutants of {module} live:\n" + "\n".join(unknown)
+    stale = [name for name in EQUIVALENT if name.startswith(f"{module} in") and name not in survivors]
+    assert not stale, "these are noticed or gone; take them out of EQUIVALENT:\n" + "\n".join(stale)
