@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 T = 1000
+TORCHVISION = "import sys; sys.path.insert(0, 'benchmarks'); import candidates; candidates.define_torchvision_operators()"
 
 
 class Candidate(ABC):
@@ -178,7 +179,7 @@ class Diffusers(Candidate):
 class SmallDiffusion(Candidate):
     """smalldiffusion: DDPM is (gam, mu) = (1, 1/2), DDIM is (1, 0); its x is divided by alpha."""
 
-    imports = "import smalldiffusion"
+    imports = f"{TORCHVISION}; import smalldiffusion"
 
     def __init__(self):
         import smalldiffusion
@@ -229,7 +230,7 @@ class SmallDiffusion(Candidate):
 class DenoisingDiffusion(Candidate):
     """denoising-diffusion-pytorch. Its samplers draw their own start and always clip."""
 
-    imports = "import sys; sys.path.insert(0, 'benchmarks'); import candidates; candidates.define_torchvision_operators(); import denoising_diffusion_pytorch"
+    imports = f"{TORCHVISION}; import denoising_diffusion_pytorch"
 
     def __init__(self):
         define_torchvision_operators()

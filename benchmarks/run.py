@@ -106,7 +106,10 @@ def collect(peers: list[str], device: str, quick: bool) -> dict:
         for name in part["figures"]:
             if ALL[name].imports:
                 say(f"  importing {name} beside torch, in fresh processes")
-                part["figures"][name]["import ratio"] = import_ratio(python, ALL[name].imports, 3 if quick else 7)
+                try:
+                    part["figures"][name]["import ratio"] = import_ratio(python, ALL[name].imports, 3 if quick else 7)
+                except subprocess.CalledProcessError:
+                    say("  that failed; the table shows no figure for it")
         result["figures"] |= part["figures"]
         result["versions"] |= part["versions"]
         result |= {key: part[key] for key in ("gpu", "steps") if key in part}

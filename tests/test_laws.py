@@ -2,8 +2,8 @@
 
 Deterministic laws hold to `C eps kappa`, with kappa the size of the terms (and 1 / sigma_t where noise is solved for).
 Statistical ones compare N = 40,000 rows with N independent rows, at 5 standard errors: a mean off by 0.035 standard
-deviations fails, a variance off by 5 %, the share of a state by 0.018. The mean instead of a sample, Ho's β for his
-β̃ and a forgotten square root move some variance of these families by more than 10 % (test_mutations.py shows it).
+deviations fails, a variance off by 5 %, the share of a state by 0.018. The mean instead of a sample, σ_t for σ_s or a
+forgotten square root in the mixing move some variance of these families by more than 10 % (test_mutations.py plants them).
 """
 import pytest
 import torch

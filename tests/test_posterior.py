@@ -92,3 +92,21 @@ def test_posteriors_are_frozen_and_abstract():
 def test_per_row_sums_everything_but_the_batch(shape):
     x = normal(*shape, device="cpu")
     close(per_row(x), torch.stack([row.sum() for row in x]), 20)
+
+
+@pytest.mark.parametrize("law", [Gaussian(torch.zeros(4, 3), torch.ones(())), Laplace(torch.zeros(4, 3), torch.ones(())),
+                                 Categorical(torch.zeros(4, 3, 9))], ids=lambda law: type(law).__name__)
+def test_draws_depend_on_the_generator_alone(law):
+    torch.manual_seed(1)
+    a = law.sample(generator=rng(0, "cpu"))
+    b = law.sample(generator=rng(0, "cpu"))
+    state = torch.get_rng_state()
+    assert torch.equal(a, b) and not torch.equal(a, law.sample(generator=rng(1, "cpu")))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_categorical_nll_is_one_number_a_row_for_any_batch():
+    for b in 1, 2:
+        logits = normal(b, 1, 3, device="cpu")
+        x = torch.full((b, 1), 2)
+        close(Categorical(logits).nll(x), logits.logsumexp(-1)[:, 0] - logits[:, 0, 2], 4)

@@ -19,12 +19,13 @@ from .schedule import Schedule
 
 # %% ../nbs/11_hot.ipynb #exp-rho
 def markov_rho(schedule: Schedule, t, s) -> Tensor:
-    """`sqrt(1 - SNR_t / SNR_s)`, in float64: the share of fresh noise in every Markov quantity between s and t.
+    """`sqrt(1 - SNR_t / SNR_s)`, in float64: the share of noise at t that came in after s.
 
-    A step from s to t adds noise of scale `sigma_t rho`; the posterior of x_s given both ends has scale `sigma_s rho`.
+    A step of the chain from s to t adds noise of scale `sigma_t rho`; the posterior of x_s given both ends
+    has scale `sigma_s rho`.
     """
     a, b = schedule.alpha, schedule.sigma
-    return (1 - (a[t] * b[s] / (a[s] * b[t])).square()).clamp_min(0).sqrt()      # roundoff alone goes below 0
+    return (1 - (a[t] * b[s] / (a[s] * b[t])).square()).clamp_min(0).sqrt()     # < 0 by roundoff alone
 
 # %% ../nbs/11_hot.ipynb #exp-hot
 class Hot(Forward):
@@ -45,8 +46,11 @@ class Hot(Forward):
         alpha, sigma = self.schedule.at(t, x0)
         return torch.mul(x0, alpha, out=out).addcmul_(eps, sigma)
 
-    def sample_noise(self, x0: Float[Tensor, "b *d"], *, generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
-        if not x0.is_floating_point(): raise TypeError(f"expected floating-point data for normal noise; got {x0.dtype}")
+    def sample_noise(self, x0: Float[Tensor, "b *d"], *,
+                     generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
+        "`eps ~ N(0, I)`. Raises TypeError where the data are not floating point."
+        if not x0.is_floating_point():
+            raise TypeError(f"expected floating-point data for normal noise; got {x0.dtype}")
         return normal_like(x0, generator)
 
     def infer_noise(self, x0: Float[Tensor, "b *d"], xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"],
@@ -56,7 +60,8 @@ class Hot(Forward):
         alpha, sigma = self.schedule.at(t, x0)
         return torch.addcmul(xt, alpha, x0, value=-1) / sigma
 
-    def prior(self, like: Float[Tensor, "b *d"], *, generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
+    def prior(self, like: Float[Tensor, "b *d"], *,
+              generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
         "`N(0, I)`: not quite the law of x_T (see `Schedule.prior_kl`)."
         return normal_like(like, generator)
 
@@ -64,16 +69,17 @@ class Hot(Forward):
 
     def step(self, xs: Float[Tensor, "b *d"], t: Int[Tensor, " b"], s: Int[Tensor, " b"],
              eps: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
-        "The chain from s to t > s: `(alpha_t / alpha_s) xs + sigma_t rho eps` (statement ddpm.03-forward for s = t - 1)."
+        "The chain from s to t > s: `(alpha_t / alpha_s) xs + sigma_t rho eps` (ddpm.03-forward at s = t - 1)."
         check_rows(t, xs=xs, eps=eps)
         a, b = self.schedule.alpha, self.schedule.sigma
         return row(a[t] / a[s], xs) * xs + row(b[t] * markov_rho(self.schedule, t, s), xs) * eps
 
     def step_posterior(self, x0: Float[Tensor, "b *d"], xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"],
                        s: Int[Tensor, " b"]) -> Gaussian:
-        "`q(x_s | x_t, x0)` of the Markov chain, for any s < t (statement slides.posterior for s = t - 1)."
+        "`q(x_s | x_t, x0)` of the Markov chain, for any s < t (slides.posterior at s = t - 1)."
         rho, sigma = markov_rho(self.schedule, t, s), self.schedule.sigma
-        return Gaussian(ddpm(self, x0, xt, t, s, torch.zeros_like(x0)), row((sigma[s] * rho).square(), x0))
+        mean = ddpm(self, x0, xt, t, s, torch.zeros_like(x0))
+        return Gaussian(mean, row((sigma[s] * rho).square(), x0))
 
 def row(v: Float[Tensor, " b"], like: Tensor) -> Tensor:
     "One number per row, in the dtype of `like` and broadcasting against it."

@@ -42,12 +42,13 @@ class Block(nn.Module):
 
 # %% ../nbs/50_network.ipynb #exp-convnet
 class ConvNet(nn.Module):
-    """Residual blocks at two resolutions for small square images, `(b, channels, h, w)` to the same shape; h and w even.
+    """Residual blocks at two resolutions for small images, `(b, channels, h, w)` to the same shape; h and w even.
 
-    Half of the blocks see the image at full size, half at half size; the output layer starts at zero.
+    `blocks` at full size, `blocks` at half size with twice the width, `blocks` at full size again; the output starts at zero.
     """
     def __init__(self, channels: int = 1, width: int = 48, blocks: int = 2):
         super().__init__()
+        if width < 8 or width % 8: raise ValueError(f"expected a width that is a multiple of 8, the number of groups; got {width}")
         self.channels = channels
         self.embed = nn.Sequential(TimeEmbedding(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU())
         self.enter = nn.Conv2d(channels, width, 3, padding=1)

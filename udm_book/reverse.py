@@ -32,12 +32,13 @@ class Kernel(ABC):
 
     @abstractmethod
     def __call__(self, F: Forward, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
-                 t: Int[Tensor, " b"], s: Int[Tensor, " b"], fresh: Noise | None) -> Shaped[Tensor, "b *d"]:
+                 t: Int[Tensor, " b"], s: Int[Tensor, " b"],
+                 fresh: Noise | None) -> Shaped[Tensor, "b *d"]:
         "`x_s` from the guess `x0`, the present `xt` and `fresh ~ q(eps)`; 0 <= s < t."
 
-    @abstractmethod
     def share(self, F: Forward, t, s):
-        "The share `rho` of fresh noise in a step from t to s, for families with normal noise."
+        "The share `rho` of fresh noise from t to s, if for normal noise the kernel is that mixture; else None."
+        return None
 
 # %% ../nbs/04_reverse.ipynb #exp-kernels
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ fresh_noise, reuse_noise = FreshNoise(), ReuseNoise()
 class MixNoise(Kernel):
     """Keep `sqrt(1 - rho²)` of the inferred noise and add `rho` of fresh noise (statement udm.05).
 
-    For normal noise only. `rho` is a number in [0, 1] or a function `(F, t, s)` that returns one for each row, in float64.
+    For normal noise only. `rho` is a number in [0, 1] or a function `(F, t, s)` that returns one for each
+    row, in float64.
     """
     rho: float | Callable
 
@@ -157,17 +159,20 @@ def coefficients(F: Forward, kernel: Callable, times: Sequence[int]) -> list[lis
     """A run's steps as `x_s = a x0_hat + b x_t + c fresh`, computed once in float64.
 
     With `k = sqrt(1 - rho²)`: a = alpha_s - k sigma_s alpha_t / sigma_t, b = k sigma_s / sigma_t,
-    c = rho sigma_s. None unless F is affine with normal noise.
+    c = rho sigma_s. None unless F is affine with normal noise and the kernel mixes it.
     """
     if F.affine() is None or not isinstance(kernel, Kernel): return None
     alpha, sigma = F.affine()
     grid = torch.tensor(times, device=alpha.device)
     t, s = grid[:-1], grid[1:]
-    rho = torch.as_tensor(kernel.share(F, t, s), dtype=alpha.dtype, device=alpha.device).expand(t.shape)
+    share = kernel.share(F, t, s)
+    if share is None: return None
+    rho = torch.as_tensor(share, dtype=alpha.dtype, device=alpha.device).expand(t.shape)
     b = (1 - rho.square()).sqrt() * sigma[s] / sigma[t]
     rows = torch.stack([alpha[s] - b * alpha[t], b, rho * sigma[s]], 1).tolist()
     for n, row in zip(times, rows):
-        if any(map(math.isnan, row)): raise ValueError(f"expected a share rho of fresh noise in [0, 1]; got {rho.tolist()} from t = {n}")
+        if any(map(math.isnan, row)):
+            raise ValueError(f"expected a share rho of fresh noise in [0, 1]; got {rho.tolist()} from t = {n}")
     return rows
 
 # %% ../nbs/04_reverse.ipynb #exp-sample
@@ -176,8 +181,8 @@ def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: It
            **cond) -> Shaped[Tensor, "b *d"]:
     """The last state of `reverse`, from the same random stream; never writes to `xT`.
 
-    Where the family is affine with normal noise a step is one linear combination; where no gradient is asked
-    (`torch.no_grad()`) it goes into buffers that the run reuses.
+    Where the family is affine with normal noise a step is one linear combination; where no gradient is
+    asked (`torch.no_grad()`) it goes into buffers that the run reuses.
     """
     times = check_run(F, xT, times)
     rows = coefficients(F, transition, times)
@@ -185,6 +190,7 @@ def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: It
         for step in _reverse(F, denoiser, xT, times, transition, generator, progress, cond): pass
         return step.xt
     grid, x, spare, noise = clock(times, xT), xT, None, None
+    reuse = not torch.is_grad_enabled()
     for i, (a, b, c) in enumerate(bar(rows, len(rows), progress)):
         x0 = ask(denoiser, x, grid[i], grid[i + 1], cond).sample(generator=generator)
         if x0.shape != x.shape:
@@ -192,10 +198,11 @@ def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: It
         if times[i + 1] == 0:
             x = x0
             continue                    # not `return`: the progress bar comes to its end
-        xs = torch.mul(x0, a, out=None if torch.is_grad_enabled() else spare if spare is not None else torch.empty_like(x))
+        if reuse and spare is None: spare = torch.empty_like(x)
+        xs = torch.mul(x0, a, out=spare if reuse else None)
         if b: xs.add_(x, alpha=b)
         if transition.draws:
-            noise = torch.empty_like(xs) if noise is None or torch.is_grad_enabled() else noise
+            if noise is None or not reuse: noise = torch.empty_like(xs)
             xs.add_(noise.normal_(generator=generator), alpha=c)
         spare, x = (x if x is not xT else None), xs
     return x

@@ -32,15 +32,16 @@ def geometric_betas(T: int, beta_1: float = 1e-4, beta_T: float = .02) -> Float6
 # %% ../nbs/10_schedule.ipynb #exp-cosine
 def cosine_betas(T: int, offset: float = .008, max_beta: float = .999) -> Float64[Tensor, " T"]:
     "The steps that make alpha_bar a squared cosine of time, none above max_beta."
-    f = ((torch.linspace(0, 1, T + 1, dtype=torch.float64) + offset) / (1 + offset) * math.pi / 2).cos().square()
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    f = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
 
 # %% ../nbs/10_schedule.ipynb #exp-tables
 class Tables(nn.Module):
     """Columns of numbers, one row for each time, looked up by `at`.
 
-    They stay float64 when a module around them is cast (a float32 schedule is wrong in the fourth decimal at t = 1);
-    an explicit `.float()` on the table itself serves devices that have no float64.
+    They stay float64 when a module around them is cast (a float32 schedule is wrong in the fourth decimal
+    at t = 1); an explicit `.float()` on the table itself serves devices that have no float64.
     """
     def __init__(self, **columns: Tensor):
         super().__init__()
@@ -48,14 +49,15 @@ class Tables(nn.Module):
         self._views = {}
 
     def at(self, t: Int[Tensor, " b"], like: Tensor) -> tuple[Tensor, ...]:
-        "The columns at times `t`, `(b, 1, …)` so that they broadcast against `like`, in its dtype and device."
+        "The columns at times `t`, broadcasting against `like` and in its dtype and device."
         return tuple(column[t] for column in self._shaped(like))
 
     def _shaped(self, like: Tensor) -> tuple[Tensor, ...]:
         key = like.dtype, like.device, like.ndim
         if torch.compiler.is_compiling() or key not in self._views:
             with torch.inference_mode(False):
-                views = tuple(c.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1)) for c in self.buffers())
+                shape = -1, *[1] * (like.ndim - 1)
+                views = tuple(c.to(like.device, like.dtype).reshape(shape) for c in self.buffers())
             if torch.compiler.is_compiling(): return views
             self._views[key] = views
         return self._views[key]
@@ -92,17 +94,23 @@ class Schedule(Tables):
     """The tables of `x_t = alpha[t] x0 + sigma[t] eps` for t = 0..T, with `alpha² + sigma² = 1`.
 
     `alpha_bar = alpha²` holds T+1 numbers that start at 1 (the data) and strictly decrease, none below 0.
-    In Su's letters `alpha` is ᾱ_t and `sigma` is β̄_t; in Ho's, √ᾱ_t and √(1-ᾱ_t). Raises ValueError otherwise.
+    In Su's letters `alpha` is ᾱ_t and `sigma` is β̄_t; in Ho's, √ᾱ_t and √(1-ᾱ_t).
+    Raises ValueError for any other table.
     """
     def __init__(self, alpha_bar: Float[Tensor, " steps"] | Sequence[float]):
         a = torch.as_tensor(alpha_bar, dtype=torch.float64)
-        if a.ndim != 1 or len(a) < 2: raise ValueError(f"expected alpha_bar as T+1 >= 2 numbers in a row; got shape {tuple(a.shape)}")
-        if not torch.isfinite(a).all(): raise ValueError(f"expected finite numbers; got {a[~torch.isfinite(a)][0]} in alpha_bar")
-        if a[0] != 1: raise ValueError(f"expected alpha_bar to start at 1, the data; got alpha_bar[0] = {a[0].item()}")
+        if a.ndim != 1 or len(a) < 2:
+            raise ValueError(f"expected alpha_bar as T+1 >= 2 numbers in a row; got shape {tuple(a.shape)}")
+        if not torch.isfinite(a).all():
+            raise ValueError(f"expected finite numbers; got {a[~torch.isfinite(a)][0]} in alpha_bar")
+        if a[0] != 1:
+            raise ValueError(f"expected alpha_bar to start at 1, the data; got alpha_bar[0] = {a[0].item()}")
         if (a.diff() >= 0).any():
             t = int((a.diff() >= 0).nonzero()[0]) + 1
-            raise ValueError(f"expected alpha_bar to decrease strictly; got {a[t - 1].item()} then {a[t].item()} at t = {t}")
-        if a[-1] < 0: raise ValueError(f"expected alpha_bar >= 0; got {a[-1].item()} at t = {len(a) - 1}")
+            raise ValueError(f"expected alpha_bar to decrease strictly; got {a[t - 1].item()} "
+                             f"then {a[t].item()} at t = {t}")
+        if a[-1] < 0:
+            raise ValueError(f"expected alpha_bar >= 0; got {a[-1].item()} at t = {len(a) - 1}")
         super().__init__(alpha=a.sqrt(), sigma=(1 - a).sqrt())
 
     @property
@@ -124,13 +132,14 @@ class Schedule(Tables):
         return 2 * (self.alpha.log() - self.sigma.log())
 
     def prior_kl(self, second_moment: float = 1.) -> float:
-        "`KL(q(x_T | x0) ‖ N(0, I))` in nats per dimension, for data with this mean square (statement slides.terminal)."
+        "`KL(q(x_T | x0) ‖ N(0, I))`, nats per dimension, for data with this mean square (slides.terminal)."
         signal, noise = self.alpha[-1].item()**2, self.sigma[-1].item()**2
         return (signal * second_moment + noise - 1 - math.log(noise)) / 2
 
     def times(self, n: int, spacing: Callable = uniform) -> list[int]:
-        "`n + 1` distinct integers from T down to 0, as near to the spacing as integers can be; needs 1 <= n <= T."
-        if not 1 <= n <= self.T: raise ValueError(f"expected between 1 and T = {self.T} steps; got n = {n}")
+        "`n + 1` distinct integers from T down to 0, as near to the spacing as can be; 1 <= n <= T."
+        if not 1 <= n <= self.T:
+            raise ValueError(f"expected between 1 and T = {self.T} steps; got n = {n}")
         wish = spacing(self, torch.linspace(1, 0, n + 1, dtype=torch.float64)).round().long().tolist()
         out = [self.T]
         for i in range(1, n): out.append(min(out[-1] - 1, max(wish[i], n - i)))
@@ -141,7 +150,8 @@ class Schedule(Tables):
         "From Ho's β_1..β_T, each in (0, 1]."
         b = torch.as_tensor(betas, dtype=torch.float64)
         if b.ndim != 1 or not len(b) or not ((b > 0) & (b <= 1)).all():
-            raise ValueError(f"expected T numbers beta with 0 < beta <= 1; got {b.tolist() if b.numel() < 9 else (b.min().item(), b.max().item())}")
+            got = b.tolist() if b.numel() < 9 else f"values from {b.min().item()} to {b.max().item()}"
+            raise ValueError(f"expected T numbers beta with 0 < beta <= 1; got {got}")
         return cls(torch.cat([b.new_ones(1), (1 - b).cumprod(0)]))
 
     @classmethod
@@ -162,7 +172,7 @@ class Schedule(Tables):
 
     @classmethod
     def cosine(cls, T: int, offset: float = .008, max_beta: float = .999) -> "Schedule":
-        "`alpha_bar` a squared cosine of time, each step adding at most `max_beta` (Nichol & Dhariwal 2021)."
+        "`alpha_bar` a squared cosine of time, no step above `max_beta` (Nichol & Dhariwal 2021)."
         return cls.from_betas(cosine_betas(T, offset, max_beta))
 
     @classmethod
