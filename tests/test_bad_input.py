@@ -2,13 +2,15 @@
 
 Type checks are off here: users do not have them, and the library's own message is what is tested.
 """
+import ast
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import unhooked
 
-from udm_book.data import check_data, digits
+from udm_book.data import check_data, digits, energy_distance, nearest_distance
 from udm_book.hot import Hot, ddim, ddpm
 from udm_book.network import ConvNet, TimeEmbedding
 from udm_book.objective import network_loss, nll
@@ -25,6 +27,7 @@ D = Denoiser(lambda x, t: x, S, EPS)
 x, t = torch.zeros(3, 2), torch.tensor([1, 5, 10])
 eye = torch.eye(2)
 nan, inf = math.nan, math.inf
+LIBRARY = Path(__file__).resolve().parent.parent / "udm_book"
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ CASES = {
     "beta 0": (V, lambda: Schedule.from_betas([0.1, 0.0]), "0 < beta <= 1", r"\[0.1, 0.0\]"),
     "beta above 1": (V, lambda: Schedule.from_betas([0.1, 1.5]), "0 < beta <= 1", "1.5"),
     "beta NaN": (V, lambda: Schedule.from_betas([0.1, nan]), "0 < beta <= 1", "nan"),
-    "many betas": (V, lambda: Schedule.from_betas([0.1] * 20 + [2.0]), "0 < beta <= 1", r"\(0.1, 2.0\)"),
+    "many betas": (V, lambda: Schedule.from_betas([0.1] * 20 + [2.0]), "0 < beta <= 1", r"0.1.* 2.0"),
     "betas with two axes": (V, lambda: Schedule.from_betas(torch.full((2, 2), 0.1)), "T numbers beta", "0.1"),
     "linear from 0": (V, lambda: Schedule.linear(5, 0.0, 0.1), "0 < beta <= 1", "0.0"),
     "geometric from 0": (V, lambda: Schedule.geometric(5, 0.0, 0.1), "0 < beta <= 1", "0.0"),
@@ -74,6 +77,7 @@ CASES = {
     "bool times": (T, lambda: F(x, t > 3, x), "integer times t", "torch.bool"),
     "integer data": (T, lambda: F.sample(x.long(), t), "floating-point data", "torch.int64"),
     "chain noise of another shape": (V, lambda: F.step(x, t, t - 1, torch.zeros(2, 2)), r"eps shaped as xs, \(3, 2\)", r"\(2, 2\)"),
+    "chain with too few times": (V, lambda: F.step(x, t[:2], t - 1, x), r"t of shape \(3,\)", r"\(2,\)"),
     "kernel on another shape": (V, lambda: ddpm(F, x, torch.zeros(3, 3), t, t - 1, x), r"\(3, 2\)", r"\(3, 3\)"),
     "posterior at another shape": (V, lambda: F.step_posterior(x, torch.zeros(2, 2), t, t - 1), r"\(3, 2\)", r"\(2, 2\)"),
     # runs
@@ -115,7 +119,8 @@ CASES = {
     "too few times in the loss": (V, lambda: network_loss(F, D, x, t[:2]), r"t of shape \(3,\)", r"\(2,\)"),
     # denoisers
     "EPS without signal": (V, lambda: Denoiser(None, no_signal(), EPS), "alpha > 0 for EPS", "alpha = 0 at t = 2: use X0 or V"),
-    "variances for other times": (V, lambda: Denoiser(None, S, X0, torch.ones(10)), r"one variance for each time 0\.\.T, shape \(11,\)", r"\(10,\)"),
+    "variances for other times": (V, lambda: Denoiser(None, S, X0, torch.ones(10)),
+                                  r"one variance for each time 0\.\.T, shape \(11,\)", r"\(10,\)"),
     "negative variances": (V, lambda: Denoiser(None, S, X0, -torch.ones(11)), "variances >= 0", r"-1\.0"),
     "NaN among variances": (V, lambda: Denoiser(None, S, X0, nan * torch.ones(11)), "variances >= 0", "nan"),
     "a network of another shape": (V, lambda: Denoiser(lambda x, t: x[:, :1], S, X0)(x, t), r"shape of xt, \(3, 2\)", r"\(3, 1\)"),
@@ -125,8 +130,12 @@ CASES = {
     "a weight NaN": (V, lambda: mix((0.5, nan)), "positive weights", "nan"),
     "too many weights": (V, lambda: mix((0.5, 0.25, 0.25)), "2 positive weights", "0.25, 0.25"),
     "covariances of another size": (V, lambda: mix(covs=torch.ones(2, 3, 3)), r"shape \(2, 2, 2\)", r"\(2, 3, 3\)"),
-    "covariances that are not symmetric": (V, lambda: mix(covs=torch.stack([eye, eye + torch.tensor([[0, 1.0], [0, 0]])])), "symmetric", "one that is not"),
+    "covariances that are not symmetric": (V, lambda: mix(covs=torch.stack([eye, eye + torch.tensor([[0, 1.0], [0, 0]])])),
+                                           "symmetric", "one that is not"),
     "covariances that are not positive": (V, lambda: mix(covs=torch.stack([eye, -eye])), "positive semi-definite", "eigenvalue -1"),
+    "small covariances that are not positive": (V, lambda: mix(covs=1e-8 * torch.stack([eye, -eye])), "positive semi-definite", "eigenvalue"),
+    "a small component that is not positive": (
+        V, lambda: mix(covs=torch.stack([1e8 * eye, eye * torch.tensor([1.0, -1.0])])), "positive semi-definite", "eigenvalue -1"),
     "NaN among covariances": (V, lambda: mix(covs=torch.full((2, 2, 2), nan)), "finite means and covariances", "NaN or infinite"),
     "NaN among means": (V, lambda: mix(means=nan * eye), "finite means and covariances", "NaN or infinite"),
     "an oracle at another precision": (T, lambda: Oracle(mix(), S)(x.double(), t), "dtype of the data, torch.float32", "torch.float64"),
@@ -138,6 +147,7 @@ CASES = {
     "other channels": (V, lambda: ConvNet(1, 8)(torch.zeros(1, 3, 8, 8), t[:1]), r"\(b, 1, h, w\)", r"\(1, 3, 8, 8\)"),
     "no channel axis": (V, lambda: ConvNet(1, 8)(torch.zeros(1, 8, 8), t[:1]), r"\(b, 1, h, w\)", r"\(1, 8, 8\)"),
     "an odd embedding": (V, lambda: TimeEmbedding(5), "even width of at least 4", "5"),
+    "channels that do not fall into groups": (V, lambda: ConvNet(1, 12), "multiple of 8", "12"),
     "a narrow embedding": (V, lambda: TimeEmbedding(2), "even width of at least 4", "2"),
     # data and training
     "integer pictures": (T, lambda: check_data(x.byte()), r"floating-point data in \[-1.0, 1.0\]", "torch.uint8"),
@@ -146,6 +156,9 @@ CASES = {
     "infinity in data": (V, lambda: check_data(spoiled(-inf)), "finite data", "1 values"),
     "data above the range": (V, lambda: check_data(x + 255), r"data in \[-1.0, 1.0\]", r"\[255, 255\]: rescale"),
     "data below the range": (V, lambda: check_data(x - 2), r"data in \[-1.0, 1.0\]", r"\[-2, -2\]: rescale"),
+    "sets of unlike data": (V, lambda: energy_distance(x, torch.zeros(3, 5)), "data of one size", "rows of 2 and 5 numbers"),
+    "a set of one row": (V, lambda: energy_distance(x, x[:1]), "at least two rows in each set", "3 and 1"),
+    "NaN in a set": (V, lambda: nearest_distance(spoiled(nan), x), "finite data", "1 values"),
     "nothing held out": (V, lambda: digits(0), "between 1 and 1796", "0"),
     "all held out": (V, lambda: digits(1797), "between 1 and 1796", "1797"),
     "an empty batch": (V, lambda: next(batches(x, 0)), "between 1 and 3", "0"),
@@ -162,3 +175,24 @@ def test_the_message_says_what_was_expected_and_what_came(name):
     error, call, expected, came = CASES[name]
     with pytest.raises(error, match=f"expected.*{expected}.*got.*{came}") as caught: call()
     assert type(caught.value) is error
+
+
+def raised_at(call):
+    """File and line of the library that raised."""
+    with pytest.raises((ValueError, TypeError)) as caught: call()
+    frames = [f for f in caught.traceback if Path(f.path).parent == LIBRARY]
+    return Path(frames[-1].path).stem, frames[-1].lineno + 1
+
+
+def test_every_error_of_the_library_has_a_case():
+    "Each `raise ValueError` and `raise TypeError` of the modules is where some case above ends (the ledger has its own tests)."
+    reached = {raised_at(call) for _, call, _, _ in CASES.values()}
+    missing = []
+    for path in LIBRARY.glob("[a-z]*.py"):
+        if path.stem == "ledger": continue
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Raise) and getattr(getattr(node.exc, "func", None), "id", "") in ("ValueError", "TypeError"):
+                lines = {(path.stem, n) for n in range(node.lineno, node.end_lineno + 1)}
+                if not lines & reached: missing.append(f"{path.name}:{node.lineno}: {text.splitlines()[node.lineno - 1].strip()}")
+    assert not missing, "errors without a case:\n" + "\n".join(missing)

@@ -42,6 +42,10 @@ def test_a_family_must_say_all_four_things():
     with pytest.raises(TypeError, match="forward.*infer_noise.*prior.*sample_noise"): Forward()
 
 
+def test_a_family_starts_at_its_data_and_is_not_solved_unless_it_says_so():
+    assert Forward.starts_at_data and not Forward.invertible
+
+
 def test_a_family_is_not_affine_unless_it_says_so():
     class Plain(Hot):
         affine = Forward.affine

@@ -7,11 +7,10 @@ forgotten square root in the mixing move some variance of these families by more
 """
 import pytest
 import torch
-from conftest import DEVICE, close, full, normal, on_device, per_row, rng, run_bound, same_mean, unhooked
+from conftest import DEVICE, close, full, on_device, per_row, rng, run_bound, same_mean, unhooked
 from families import FAMILIES
 from hypothesis import given
-from hypothesis import strategies as st
-from strategies import runs, seeds
+from strategies import seeds
 
 from udm_book.posterior import Dirac
 from udm_book.reverse import reuse_noise, reverse, sample
@@ -123,7 +122,7 @@ def test_true_data_keep_a_deterministic_run_on_its_path(name, seed):
     "A denoiser that knows x0: every state of a run that draws nothing is F_s(x0, eps), whatever the times."
     _, F, x0, eps = case(name, seed=seed)
     if not F.invertible: return
-    times = sorted({F.T, *torch.randint(0, F.T, (5,), generator=rng(seed)).tolist()}, reverse=True)
+    times = sorted({F.T, *torch.randint(0, F.T, (5,), generator=rng(seed), device=DEVICE).tolist()}, reverse=True)
     for step in reverse(F, lambda xt, t: Dirac(x0), F(x0, full(x0, F.T), eps), times, reuse_noise):
         s = full(x0, step.t)
         close(step.xt, F(x0, s, eps), len(times) * scale(F, s, x0, eps)[0])

@@ -56,7 +56,8 @@ def test_flat_changes_the_form_alone():
     assert all(b.func is not a.func for a in sp.preorder_traversal(flat(e)) if isinstance(a, (sp.Add, sp.Mul)) for b in a.args)
 
 
-@pytest.mark.parametrize("zero", [0 * x, (x + y) ** 2 - x**2 - 2 * x * y - y**2, sp.sqrt(x**2) - x, sp.sin(z) ** 2 + sp.cos(z) ** 2 - 1])
+@pytest.mark.parametrize("zero", [
+    0 * x, (x + y) ** 2 - x**2 - 2 * x * y - y**2, sp.sqrt(x**2) - x, sp.sin(z) ** 2 + sp.cos(z) ** 2 - 1])
 def test_zeros_are_found(zero):
     assert is_zero(sp.sympify(zero))
 
@@ -116,7 +117,8 @@ def test_kinds_of_checks(ledger, kind):
 
 
 def test_unknown_kinds_and_statements_raise_before_the_block_runs(ledger):
-    for id, kind, error, message in [("toy.1", "shown", ValueError, "among proof, law.*got 'shown'"), ("toy.9", "law", KeyError, "no statement 'toy.9'")]:
+    for id, kind, error, message in [("toy.1", "shown", ValueError, "among proof, law.*got 'shown'"),
+                                     ("toy.9", "law", KeyError, "no statement 'toy.9'")]:
         with pytest.raises(error, match=message):
             with ledger.check(id, kind, "how"): pytest.fail("the block ran")
     for show in (lambda: ledger.statement("toy.9", "x"), lambda: ledger.equation("toy.9", x, y), lambda: ledger.cite("toy.9", "how")):
@@ -166,7 +168,8 @@ def test_audit_names_every_gap():
 
 
 def test_collect_reads_the_stored_results(tmp_path):
-    for name, meta in [("01_a", {"udm_book": {"results": [{"id": "a"}]}}), ("02_b", {}), ("notes", {"udm_book": {"results": [{"id": "n"}]}})]:
+    found = {"udm_book": {"results": [{"id": "a"}]}}
+    for name, meta in [("01_a", found), ("02_b", {}), ("notes", found)]:
         (tmp_path / f"{name}.ipynb").write_text(json.dumps({"metadata": meta}))
     assert collect(tmp_path) == {"01_a": [{"id": "a"}]}
 

@@ -43,9 +43,13 @@ KILLERS = {
 
 # (module, what stands there, what is put there instead): errors that published code has had.
 CLASSICS = {
-    "β for β̃: the variance of the chain in the posterior": ("hot", "row((sigma[s] * rho).square(), x0)", "row((sigma[t] * rho).square(), x0)"),
+    "β for β̃: the variance of the chain in the posterior": (
+        "hot", "row((sigma[s] * rho).square(), x0)",
+        "row((sigma[t] * rho).square(), x0)"),
     "√ᾱ_t for √α_t in the chain": ("hot", "row(a[t] / a[s], xs) * xs", "row(a[t], xs) * xs"),
-    "unstrided β: the share of one step, whatever the stride": ("hot", "\n    a, b = (schedule.alpha, schedule.sigma)\n", "\n    a, b, s = (schedule.alpha, schedule.sigma, t - 1)\n"),
+    "unstrided β: the share of one step, whatever the stride": (
+        "hot", "\n    a, b = (schedule.alpha, schedule.sigma)\n",
+        "\n    a, b, s = (schedule.alpha, schedule.sigma, t - 1)\n"),
     "the ratio of SNRs upside down": ("hot", "a[t] * b[s] / (a[s] * b[t])", "a[s] * b[t] / (a[t] * b[s])"),
     "a variance for a standard deviation": ("hot", ".clamp_min(0).sqrt()", ".clamp_min(0)"),
     "ᾱ for √ᾱ in the tables": ("schedule", "super().__init__(alpha=a.sqrt()", "super().__init__(alpha=a"),
@@ -53,23 +57,41 @@ CLASSICS = {
     "σ² for σ": ("schedule", "sigma=(1 - a).sqrt()", "sigma=1 - a"),
     "log-SNR without its 2": ("schedule", "return 2 * (self.alpha.log()", "return (self.alpha.log()"),
     "the cosine without its clip": ("schedule", ".clamp(max=max_beta)", ""),
-    "the mean instead of a sample (generic loop)": ("reverse", "x0 = posterior.sample(generator=generator)", "x0 = posterior.mean"),
+    "the mean instead of a sample (generic loop)": (
+        "reverse", "x0 = posterior.sample(generator=generator)",
+        "x0 = posterior.mean"),
     "the mean instead of a sample (collapsed loop)": ("reverse", "cond).sample(generator=generator)", "cond).mean"),
     "the last step adds noise": ("reverse", "            if times[i + 1] == 0:", "            if False:"),
-    "noise kept with 1 - ρ for √(1 - ρ²)": ("reverse", "keep, add = ((1 - rho.square()).sqrt()", "keep, add = ((1 - rho)"),
+    "noise kept with 1 - ρ for √(1 - ρ²)": (
+        "reverse", "keep, add = ((1 - rho.square()).sqrt()",
+        "keep, add = ((1 - rho)"),
     "noise scaled by σ_t for σ_s": ("reverse", "rho * sigma[s]], 1)", "rho * sigma[t]], 1)"),
-    "the guess scaled by α_t for α_s": ("reverse", "torch.stack([alpha[s] - b * alpha[t]", "torch.stack([alpha[t] - b * alpha[t]"),
-    "the denoiser told the time it steps to": ("reverse", "ask(denoiser, x, grid[i], grid[i + 1], cond).sample", "ask(denoiser, x, grid[i + 1], grid[i + 1], cond).sample"),
+    "the guess scaled by α_t for α_s": (
+        "reverse", "torch.stack([alpha[s] - b * alpha[t]",
+        "torch.stack([alpha[t] - b * alpha[t]"),
+    "the denoiser told the time it steps to": (
+        "reverse", "ask(denoiser, x, grid[i], grid[i + 1], cond).sample",
+        "ask(denoiser, x, grid[i + 1], grid[i + 1], cond).sample"),
     "the sign of v": ("parameterization", "(-sigma, alpha)", "(sigma, alpha)"),
-    "skip and out exchanged": ("parameterization", "(torch.where(data, 1.0, -q / det), torch.where(data, 0.0, sigma / det))", "(torch.where(data, 0.0, sigma / det), torch.where(data, 1.0, -q / det))"),
+    "skip and out exchanged": (
+        "parameterization", "(torch.where(data, 1.0, -q / det), torch.where(data, 0.0, sigma / det))",
+        "(torch.where(data, 0.0, sigma / det), torch.where(data, 1.0, -q / det))"),
     "the weight without its square": ("parameterization", "[1].square()", "[1]"),
     "times drawn from 0": ("objective", "torch.randint(1, F.T + 1", "torch.randint(0, F.T + 1"),
     "times drawn up to T - 1": ("objective", "torch.randint(1, F.T + 1", "torch.randint(1, F.T"),
-    "a new noise for the target": ("objective", "denoiser.target(x0, eps, t), reduction", "denoiser.target(x0, F.sample_noise(x0), t), reduction"),
+    "a new noise for the target": (
+        "objective", "denoiser.target(x0, eps, t), reduction",
+        "denoiser.target(x0, F.sample_noise(x0), t), reduction"),
     "Laplace draws of one sign": ("posterior", "dtype=m.dtype) * 2 - 1", "dtype=m.dtype) * 0 + 1"),
-    "a standard deviation taken for a variance": ("posterior", "self.var.sqrt() * normal_like", "self.var * normal_like"),
-    "the oracle forgets what the data weigh": ("oracle", "d.log_weights + component_log_prob(z, total)", "component_log_prob(z, total)"),
-    "the covariance between components left out": ("oracle", "return within + torch.einsum", "return within + 0 * torch.einsum"),
+    "a standard deviation taken for a variance": (
+        "posterior", "self.var.sqrt() * normal_like",
+        "self.var * normal_like"),
+    "the oracle forgets what the data weigh": (
+        "oracle", "d.log_weights + component_log_prob(z, total)",
+        "component_log_prob(z, total)"),
+    "the covariance between components left out": (
+        "oracle", "return within + torch.einsum",
+        "return within + 0 * torch.einsum"),
     "the moving average turned around": ("train", "1 - keep)", "keep)"),
 }
 
@@ -91,7 +113,8 @@ def mutate(node):
     kind = type(node)
     if kind is ast.BinOp and type(node.op) in SWAPS: yield "operator", changed(op=SWAPS[type(node.op)]())
     if kind is ast.BoolOp: yield "and/or", changed(op=SWAPS[type(node.op)]())
-    if kind is ast.Compare and len(node.ops) == 1 and type(node.ops[0]) in SWAPS: yield "comparison", changed(ops=[SWAPS[type(node.ops[0])]()])
+    if kind is ast.Compare and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        yield "comparison", changed(ops=[SWAPS[type(node.ops[0])]()])
     if kind is ast.UnaryOp and isinstance(node.op, (ast.USub, ast.Not)): yield "sign", node.operand
     if kind is ast.Constant and type(node.value) in (int, float):
         for d in 1, -1: yield f"{d:+}", changed(value=node.value + d)
@@ -104,7 +127,8 @@ def mutate(node):
             yield "dropped", node.func.value
         if node.func.attr == "sample": yield "mean", ast.Attribute(node.func.value, "mean", ast.Load())
     if kind is ast.IfExp: yield "branches", changed(body=node.orelse, orelse=node.body)
-    if kind is ast.keyword and node.arg == "generator" and isinstance(node.value, ast.Name): yield "generator", changed(value=ast.Constant(None))
+    if kind is ast.keyword and node.arg == "generator" and isinstance(node.value, ast.Name):
+        yield "generator", changed(value=ast.Constant(None))
 
 
 IGNORED = (ast.JoinedStr, ast.Raise, ast.arg, ast.AnnAssign, ast.Import, ast.ImportFrom)
@@ -158,13 +182,13 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module): exec(compile(self.source, self.name, "exec"), module.__dict__)
 
 
-SLOW_HERE = re.compile("compiled|progress|reference_text")
+LEFT_OUT = re.compile("compiled|has_a_case")             # slow; looks at line numbers
 
 
 def cases(module):
     """The tests of a module as plain calls: every combination of their parameters; fixtures and slow ones left out."""
     for name, f in list(vars(module).items()):
-        if not name.startswith("test_") or not callable(f) or SLOW_HERE.search(name): continue
+        if not name.startswith("test_") or not callable(f) or LEFT_OUT.search(name): continue
         marks = getattr(f, "pytestmark", [])
         if any(m.name in ("slow", "skip") for m in marks): continue
         axes = []
@@ -234,7 +258,8 @@ def test_classic_errors_are_noticed(name):
 
 @pytest.mark.parametrize("name, law", [
     ("the mean instead of a sample (collapsed loop)", "L4"), ("noise scaled by σ_t for σ_s", "L4"),
-    ("the guess scaled by α_t for α_s", "L4"), ("the oracle forgets what the data weigh", "L4"), ("noise kept with 1 - ρ for √(1 - ρ²)", "L3")])
+    ("the guess scaled by α_t for α_s", "L4"), ("the oracle forgets what the data weigh", "L4"),
+    ("noise kept with 1 - ρ for √(1 - ρ²)", "L3")])
 def test_the_laws_alone_notice_what_changes_a_distribution(name, law):
     """L3 and L4 compare samples with samples and know none of the formulas; N is large enough for these.
 
@@ -244,7 +269,19 @@ def test_the_laws_alone_notice_what_changes_a_distribution(name, law):
     assert f"test_laws.test_{law}" in killed(module, with_edit(module, *edit), ["test_laws"], law)
 
 
+# Survivors that no test can notice: a pattern of their names, and why they compute the same.
 EQUIVALENT = {
+    r"forward in check_t: 1 -> 2": "an empty batch has no time that could be out of range",
+    r"posterior in Laplace.sample: (m \+ self.scale \* sign|self.scale \* sign -> self.scale /)": "the law is symmetric and the sign is ±1",
+    r"posterior in Categorical.nll: (-1 -> 1|1 -> 2) #4": "per_row sums over the axis of size 1 as well",
+    r"hot in markov_rho: (.*clamp_min\(0\) -> 1|0 -> -1)": "rounding is monotone, so the ratio never exceeds 1 for s < t: the clamp does nothing",
+    r"hot in Hot.(infer_noise|step_posterior): x0 -> xt": "only shape and dtype are taken from it",
+    r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",
+    r"oracle in MixturePosterior.sample: 0 -> -1": "the only column; the shape of any component",
+    r"oracle in MixturePosterior.sample: self.means\[rows, k\] \+": "normal noise is symmetric",
+    r"oracle in MixturePosterior.nll: -1 -> 1": "the last of two axes",
+    r"oracle in Mixture.__init__: (0 -> -1$|abs.*<= 1e-06 -> |var.abs\(\) -> var|-1 -> 1)":
+        "the size of any mean; a tolerance; a component without a positive eigenvalue fails either way; the last of two axes",
 }
 
 
@@ -252,7 +289,7 @@ EQUIVALENT = {
 @pytest.mark.parametrize("module", KILLERS)
 def test_generated_mutants_are_noticed(module):
     survivors = [name for name, source in mutants(module).items() if not killed(module, source)]
-    unknown = [name for name in survivors if name not in EQUIVALENT]
+    unknown = [name for name in survivors if not any(re.match(pattern, name) for pattern in EQUIVALENT)]
     assert not unknown, f"{len(unknown)} mutants of {module} live:\n" + "\n".join(unknown)
-    stale = [name for name in EQUIVALENT if name.startswith(f"{module} in") and name not in survivors]
+    stale = [p for p in EQUIVALENT if p.startswith(f"{module} in") and not any(re.match(p, name) for name in survivors)]
     assert not stale, "these are noticed or gone; take them out of EQUIVALENT:\n" + "\n".join(stale)

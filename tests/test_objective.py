@@ -62,6 +62,15 @@ def test_times_are_drawn_uniformly_from_1_to_T():
     same_mean(torch.nn.functional.one_hot(seen[0], 10).double(), torch.tensor([0.0] + 8 * [1 / 8] + [0.0]).double())
 
 
+def test_times_and_noise_come_from_the_generator_alone():
+    F, D, x0 = Hot(SCHEDULE), Denoiser(cubic, SCHEDULE, EPS), normal(8, 2, device="cpu")
+    state = torch.get_rng_state()
+    a, b = (network_loss(F, D, x0, generator=rng(1, "cpu")) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
+    nll(F, D, x0, torch.arange(1, 9), generator=rng(1, "cpu"))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_conditions_reach_the_network_and_gradients_its_weights():
     F, x0, t = Hot(SCHEDULE), normal(3, 2, device="cpu"), torch.tensor([1, 4, 8])
     D = Denoiser(cubic, SCHEDULE, X0)

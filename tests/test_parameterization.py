@@ -91,11 +91,21 @@ def test_mixed_times_go_row_by_row_and_conditions_to_the_network(P):
     close(D(x, t, shift=2.0).mean, torch.cat(rows), 12 / Schedule.linear(9).alpha.min())
 
 
-def test_a_new_parameterization_is_two_numbers():
-    flow = Parameterization("eps - x0", lambda a, s: (-torch.ones_like(a), torch.ones_like(a)))
+@pytest.mark.parametrize("p, q", [(-1.0, 1.0), (1.0, 2.0), (3.0, 0.0), (0.0, 2.0)])
+def test_a_new_parameterization_is_two_numbers(p, q):
+    flow = Parameterization("p x0 + q eps", lambda a, s: (p * torch.ones_like(a), q * torch.ones_like(a)))
     schedule, x0, eps = Schedule.linear(9), normal(4, 2, device="cpu"), normal(4, 2, seed=1, device="cpu")
     t = torch.tensor([1, 9, 4, 5])
-    close(Denoiser(lambda x, t: eps - x0, schedule, flow)(Hot(schedule)(x0, t, eps), t).mean, x0, 10 * (1 + x0.abs() + eps.abs()))
+    D = Denoiser(lambda x, t: p * x0 + q * eps, schedule, flow)
+    close(D.target(x0, eps, t), p * x0 + q * eps, 6)
+    det = (p * schedule.sigma - q * schedule.alpha)[1:].abs().min()
+    close(D(Hot(schedule)(x0, t, eps), t).mean, x0, 10 * (1 + x0.abs() + eps.abs()) / det)
+
+
+def test_targets_that_are_the_data_or_the_noise_are_not_computed():
+    x0, eps, t = normal(2, 2, device="cpu"), normal(2, 2, seed=1, device="cpu"), torch.tensor([1, 5])
+    assert Denoiser(None, Schedule.linear(5), X0).target(x0, eps, t) is x0
+    assert Denoiser(None, Schedule.linear(5), EPS).target(x0, eps, t) is eps
 
 
 def test_the_network_trains_and_the_tables_do_not():

@@ -107,6 +107,6 @@ def test_draws_depend_on_the_generator_alone(law):
 
 def test_categorical_nll_is_one_number_a_row_for_any_batch():
     for b in 1, 2:
-        logits = normal(b, 1, 3, device="cpu")
-        x = torch.full((b, 1), 2)
-        close(Categorical(logits).nll(x), logits.logsumexp(-1)[:, 0] - logits[:, 0, 2], 4)
+        logits = normal(b, 2, 3, device="cpu")
+        want = logits.logsumexp(-1).sum(1) - logits[:, 0, 2] - logits[:, 1, 0]
+        close(Categorical(logits).nll(torch.tensor([[2, 0]]).expand(b, 2)), want, 4)

@@ -5,7 +5,7 @@ from conftest import close, full, normal, per_row, rng, run_bound, same_mean, un
 from families import mixture
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import runs, schedules, seeds
+from strategies import runs, seeds
 
 from udm_book.forward import Forward
 from udm_book.hot import Hot, ddim, ddpm

@@ -72,7 +72,8 @@ def test_parameters_of_the_constructors_are_used():
     assert Schedule.geometric(3, 0.1, 0.4).beta[1:].tolist() == pytest.approx([0.1, 0.2, 0.4], rel=1e-14)
     assert Schedule.cosine(5, max_beta=0.5).beta.max() == pytest.approx(0.5, rel=1e-14)
     angle = math.pi / 2 / 1.1
-    assert Schedule.cosine(10, offset=0.1).beta[1].item() == pytest.approx(1 - (math.cos(0.2 * angle) / math.cos(0.1 * angle)) ** 2, rel=1e-12)
+    first = 1 - (math.cos(0.2 * angle) / math.cos(0.1 * angle)) ** 2
+    assert Schedule.cosine(10, offset=0.1).beta[1].item() == pytest.approx(first, rel=1e-12)
 
 
 def test_prior_kl_is_the_divergence_of_two_normal_laws():

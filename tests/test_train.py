@@ -22,7 +22,7 @@ def test_steps_have_the_documented_sizes():
     The bias corrections of Adam are exact for a constant gradient up to its epsilon, 1e-8 of a step.
     """
     model, steps, lr = One(), 40, 0.1
-    _, losses = fit(model, lambda x: model.p + 0 * x[:, 0], torch.zeros(4, 1, dtype=torch.float64), steps, batch=2, lr=lr, progress=False)
+    _, losses = fit(model, lambda x: model.p + 0 * x[:, 0], torch.zeros(4, 1), steps, batch=2, lr=lr, progress=False)
     p, want = 0.0, []
     for n in range(steps):
         want.append(p)
@@ -46,7 +46,8 @@ def test_fit_solves_least_squares_and_gives_back_the_average():
     x = normal(256, 3, device="cpu", dtype=torch.float32)
     y, layer = x @ torch.tensor([[1.0], [-2.0], [0.5]]), torch.nn.Linear(3, 1)
     data = torch.cat([x, y], 1)
-    ema, losses = fit(layer, lambda b: (layer(b[:, :3]) - b[:, 3:]).square().mean(1), data, 400, lr=0.1, decay=0.9, progress=False, generator=rng(0, "cpu"))
+    def loss(b): return (layer(b[:, :3]) - b[:, 3:]).square().mean(1)
+    ema, losses = fit(layer, loss, data, 400, lr=0.1, decay=0.9, progress=False, generator=rng(0, "cpu"))
     assert len(losses) == 400 and losses[-1] < 1e-3 * losses[0]
     assert ema is not layer and (ema.weight - torch.tensor([[1.0, -2.0, 0.5]])).abs().max() < 0.05
     assert not any(p.requires_grad for p in ema.parameters()) and not ema.training and layer.training

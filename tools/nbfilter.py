@@ -96,5 +96,14 @@ def filter_notebook(notebook):
     return dict(notebook, cells=cells)
 
 
+def main():
+    """What Quarto runs. It makes a cell's id the element's, and one such as `tbl-x` would be taken for a label."""
+    notebook = filter_notebook(json.load(sys.stdin))
+    for cell in notebook["cells"]:
+        if "id" in cell:
+            cell["id"] = "cell-" + cell["id"]  # as the embedded renderer names it
+    json.dump(notebook, sys.stdout)
+
+
 if __name__ == "__main__":
-    json.dump(filter_notebook(json.load(sys.stdin)), sys.stdout)
+    main()

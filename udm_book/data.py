@@ -41,7 +41,7 @@ def digits(held_out: int = 719, seed: int = 0) -> Digits:
     return Digits(x[held_out:], x[:held_out], y[held_out:], y[:held_out])
 
 # %% ../nbs/51_data.ipynb #exp-rows
-def rows(*sets: Float[Tensor, "n *d"]) -> list[Float[Tensor, "n k"]]:
+def rows(*sets: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ k"]]:
     "Each set as a matrix with one row per datum, in float64; ValueError where they differ in the size of a datum or hold NaN."
     flat = [x.flatten(1).double() for x in sets]
     if len({x.shape[1] for x in flat}) > 1: raise ValueError(f"expected data of one size; got rows of {' and '.join(str(x.shape[1]) for x in flat)} numbers")
