@@ -21,6 +21,7 @@ def test_digits_are_images_in_the_known_range_split_without_overlap():
 
 def test_the_split_depends_on_the_seed_alone():
     a, b, c = digits(100), digits(100), digits(100, seed=1)
+    assert torch.equal(digits().held_out, digits(719, seed=0).held_out)
     assert torch.equal(a.held_out, b.held_out) and torch.equal(a.train_labels, b.train_labels)
     assert not torch.equal(a.held_out, c.held_out) and len(a.held_out) == 100
 

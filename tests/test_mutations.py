@@ -274,12 +274,13 @@ EQUIVALENT = {
     r"forward in check_t: 1 -> 2": "an empty batch has no time that could be out of range",
     r"posterior in Laplace.sample: (m \+ self.scale \* sign|self.scale \* sign -> self.scale /)": "the law is symmetric and the sign is ±1",
     r"posterior in Categorical.nll: (-1 -> 1|1 -> 2) #4": "per_row sums over the axis of size 1 as well",
+    r"reverse in MixNoise.__call__: (xt -> x0|t -> s #2)": "only shape, dtype and device are taken from it",
     r"hot in markov_rho: (.*clamp_min\(0\) -> 1|0 -> -1)": "rounding is monotone, so the ratio never exceeds 1 for s < t: the clamp does nothing",
     r"hot in Hot.(infer_noise|step_posterior): x0 -> xt": "only shape and dtype are taken from it",
     r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",
     r"oracle in MixturePosterior.sample: 0 -> -1": "the only column; the shape of any component",
     r"oracle in MixturePosterior.sample: self.means\[rows, k\] \+": "normal noise is symmetric",
-    r"oracle in MixturePosterior.nll: -1 -> 1": "the last of two axes",
+    r"oracle in (MixturePosterior.nll|Oracle.forward|Oracle.log_prob|Oracle.score): -1 -> 1": "the last of two axes",
     r"oracle in Mixture.__init__: (0 -> -1$|abs.*<= 1e-06 -> |var.abs\(\) -> var|-1 -> 1)":
         "the size of any mean; a tolerance; a component without a positive eigenvalue fails either way; the last of two axes",
 }

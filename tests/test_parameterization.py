@@ -104,8 +104,8 @@ def test_a_new_parameterization_is_two_numbers(p, q):
 
 def test_targets_that_are_the_data_or_the_noise_are_not_computed():
     x0, eps, t = normal(2, 2, device="cpu"), normal(2, 2, seed=1, device="cpu"), torch.tensor([1, 5])
-    assert Denoiser(None, Schedule.linear(5), X0).target(x0, eps, t) is x0
-    assert Denoiser(None, Schedule.linear(5), EPS).target(x0, eps, t) is eps
+    assert Denoiser(abs, Schedule.linear(5), X0).target(x0, eps, t) is x0
+    assert Denoiser(abs, Schedule.linear(5), EPS).target(x0, eps, t) is eps
 
 
 def test_the_network_trains_and_the_tables_do_not():

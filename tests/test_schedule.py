@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import alpha_bars, schedules, seeds
 
+import udm_book.schedule as module
 from udm_book.hot import Hot
 from udm_book.parameterization import EPS, X0, Denoiser, V
 from udm_book.schedule import Schedule, Tables, quadratic, uniform
@@ -65,6 +66,11 @@ def test_identities_of_the_tables(a):
 def test_from_alpha_bar_divides_by_the_value_at_zero(c):
     schedule = Schedule.from_alpha_bar(lambda u: c * torch.exp(-3 * u), 10)
     close(schedule.alpha_bar, torch.exp(-3 * torch.arange(11, dtype=torch.float64) / 10), 4)
+
+
+@pytest.mark.parametrize("name", ["linear", "geometric", "cosine"])
+def test_betas_by_themselves_have_the_same_defaults(name):
+    close(getattr(module, f"{name}_betas")(50), getattr(Schedule, name)(50).beta[1:], 100)
 
 
 def test_parameters_of_the_constructors_are_used():

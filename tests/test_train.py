@@ -90,6 +90,7 @@ def test_moving_average_is_its_formula(decay):
         mean = keep * mean + (1 - keep) * math.sin(n)
         assert ema.model.p.item() == pytest.approx(mean, abs=1e-14) and ema.model.count == n
     assert module.p.item() == math.sin(29)
+    assert EMA(module).decay == 0.999
 
 
 def test_a_pass_goes_through_all_rows_once_in_a_new_order():
@@ -100,5 +101,6 @@ def test_a_pass_goes_through_all_rows_once_in_a_new_order():
         rows = torch.cat(part).tolist()
         assert all(len(b) == 3 for b in part) and len(set(rows)) == 9
     assert torch.cat(first).tolist() != torch.cat(second).tolist()
+    assert len(next(batches(x, 1))) == 1
     whole = torch.cat([b for b, _ in zip(batches(x, 5, rng(0, "cpu")), range(2))])
     assert sorted(whole.tolist()) == x.tolist()
