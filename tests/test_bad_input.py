@@ -85,6 +85,7 @@ CASES = {
     "rising times": (V, lambda: run([0, 10]), "strictly decreasing", r"\[0, 10\]"),
     "a time beyond T": (V, lambda: run([11, 0]), "between 10 and 0", "11 to 0"),
     "a time below 0": (V, lambda: run([10, -1]), "between 10 and 0", "10 to -1"),
+    "a time below 0 after others": (V, lambda: run([10, 5, -1]), "between 10 and 0", "10 to -1"),
     "one time": (V, lambda: run([10]), "at least two times", r"\[10\]"),
     "no time": (V, lambda: run([]), "at least two times", r"\[\]"),
     "a float time in a run": (T, lambda: run([10, 5.0, 0]), "Python integers", "'float'"),

@@ -183,7 +183,17 @@ def test_progress_goes_to_the_terminal_where_asked(capfd):
         assert capfd.readouterr() == ("", "")
         run(F, D, xT, [10, 5, 0], ddpm, progress=True)
         assert "2/2" in capfd.readouterr().err
-    assert bar([1], 1, False) == [1]
+
+
+def test_progress_is_off_unless_asked_and_rows_may_be_numbers():
+    import inspect
+
+    from tqdm import tqdm
+    steps = [1]
+    assert bar(steps, 1, False) is steps and isinstance(bar(steps, 1, True), tqdm)
+    assert not any(inspect.signature(f).parameters["progress"].default for f in (reverse, sample))
+    F, xT = Hot(SCHEDULE), normal(3, device="cpu")
+    assert torch.equal(sample(F, lambda x, t: Dirac(x / 2), xT, [10, 0], ddpm), xT / 2)
 
 
 def test_clock_has_a_row_for_each_time():

@@ -123,6 +123,8 @@ class Chapter:
         output, warnings = pandoc(arguments, json.dumps(tree))
         for warning in warnings:
             self.problem(warning)
+        # browsers stretch an accent over its letter and at times lose it; over one letter it need not stretch
+        output = re.sub(r"(<mover><mi>[^<]*</mi><mo accent=\"true\")>", r'\1 stretchy="false">', output)
         self.heading, _, body = re.sub(r"<!--list-->.*<!--list-->", "", output, flags=re.S).partition("<!--body-->")
         if self.book.references and not has_references:
             page = os.path.relpath(self.book.references, Path(self.url).parent)
