@@ -276,6 +276,7 @@ EQUIVALENT = {
     r"posterior in Categorical.nll: (-1 -> 1|1 -> 2) #4": "per_row sums over the axis of size 1 as well",
     r"reverse in MixNoise.__call__: (xt -> x0|t -> s #2)": "only shape, dtype and device are taken from it",
     r"reverse in _reverse: (len\(times\) - 1 -> len\(times\) \+ 1|1 -> [02]) #2": "the total on the progress bar, read by a test that needs pytest",
+    r"reverse in coefficients: (alpha -> sigma|t -> s #2)": "only dtype, device and shape are taken from it",
     r"schedule in Tables._shaped: False -> True": "a look-up copies, also out of an inference tensor",
     r"schedule in Tables._apply: True -> False": "tables have no children",
     r"schedule in Schedule.T: self.alpha -> self.sigma": "the tables have one length",

@@ -93,13 +93,17 @@ def test_names_are_ascii_and_every_used_name_is_defined():
 
 def test_the_examples_of_the_readme_run_as_printed():
     "All ```python blocks of README.md in one fresh process; its ```text blocks are what they print."
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     prints = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
-    if not blocks:
-        assert "import udm_book" not in text and "from udm_book" not in text, "README.md has code outside a ```python block"
-        pytest.skip("README.md has no ```python block yet")
+    assert blocks and prints
     out = python("-W", "error::DeprecationWarning", "-c", "\n".join(blocks), cwd=ROOT, timeout=120)
     assert out.returncode == 0, out.stderr
-    if prints: assert out.stdout == "".join(prints)
+    assert out.stdout == "".join(prints)
+
+
+def test_the_readme_shows_the_stored_benchmark():
+    out = python("benchmarks/run.py", "--from", "benchmarks/cpu.json", "--readme", cwd=ROOT, timeout=120)
+    assert out.returncode == 0, out.stderr
+    rows = [line for line in out.stdout.splitlines() if line.startswith("|")] + out.stdout.strip().splitlines()[-1:]
+    assert len(rows) > 10 and set(rows) <= set((ROOT / "README.md").read_text(encoding="utf-8").splitlines())

@@ -157,8 +157,9 @@ def test_families_that_do_not_start_at_the_data_end_with_the_guess(kernel):
     class Encoded(Hot):
         starts_at_data = False
     xT = normal(2, 1, device="cpu")
-    *_, last = reverse(Encoded(SCHEDULE), lambda x, t: Dirac(3 * x), xT, [10, 0], kernel)
-    assert last.t == 0 and torch.equal(last.xt, 3 * xT) and torch.equal(last.x0, 3 * xT)
+    *_, before, last = reverse(Encoded(SCHEDULE), lambda x, t: Dirac(3 * x), xT, [10, 5, 0], kernel)
+    assert last.t == 0 and torch.equal(last.xt, 3 * before.xt) and torch.equal(last.x0, last.xt)
+    assert before.t == 5 and torch.equal(before.x0, 3 * xT) and not torch.equal(before.xt, before.x0)
 
 
 def test_times_may_be_any_iterable_of_integers():
