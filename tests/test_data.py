@@ -23,7 +23,7 @@ def test_the_split_depends_on_the_seed_alone():
     a, b, c = digits(100), digits(100), digits(100, seed=1)
     assert torch.equal(digits().held_out, digits(719, seed=0).held_out)
     assert torch.equal(a.held_out, b.held_out) and torch.equal(a.train_labels, b.train_labels)
-    assert not torch.equal(a.held_out, c.held_out) and len(a.held_out) == 100
+    assert not torch.equal(a.held_out, c.held_out) and len(a.held_out) == 100 and len(digits(1).held_out) == 1
 
 
 def test_sound_data_pass_unchanged():
@@ -36,6 +36,7 @@ def test_energy_distance_is_the_mean_over_pairs():
     between = sum(math.dist(x, y) for x in a.tolist() for y in b.tolist()) / 35
     def within(x): return sum(math.dist(p, q) for p in x.tolist() for q in x.tolist()) / len(x) / (len(x) - 1)
     assert energy_distance(a, b) == pytest.approx(2 * between - within(a) - within(b), abs=1e-6)
+    assert energy_distance(a.float(), b.float()) == energy_distance(a.float().double(), b.float().double())
     assert energy_distance(a.view(7, 1, 2, 1), b.view(5, 1, 2, 1)) == pytest.approx(energy_distance(a, b), abs=1e-12)
 
 

@@ -132,6 +132,7 @@ def test_points_are_rows_of_the_data():
     hit = (draws[:, None] == x0).flatten(2).all(-1).double()
     same_mean(hit, torch.full((5,), 0.2, dtype=torch.float64))
     assert data.means.dtype == x0.dtype and data.shape == (1, 2, 2)
+    assert torch.equal(Mixture.points(x0[:1]).sample(3, generator=rng(0, "cpu")), x0[:1].expand(3, 1, 2, 2))
 
 
 def test_points_of_mass_stay_points():

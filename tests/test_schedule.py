@@ -91,14 +91,17 @@ def test_prior_kl_is_the_divergence_of_two_normal_laws():
     close(torch.tensor(Schedule([1.0, 0.5, 0.0]).prior_kl(7.0), dtype=torch.float64), 0.0)
 
 
-@given(st.integers(1, 60), st.data(), st.sampled_from([uniform, quadratic]))
-def test_times_are_distinct_and_as_near_to_the_spacing_as_integers_can_be(T, data, spacing):
-    schedule = Schedule.linear(T)
+def roots(schedule, u): return schedule.T * u.sqrt()                           # steps that shrink towards T
+
+
+@given(st.integers(1, 60), st.data(), st.sampled_from([(uniform, 1), (quadratic, 2), (roots, 0.5)]))
+def test_times_are_distinct_and_as_near_to_the_spacing_as_integers_can_be(T, data, how):
+    schedule, (spacing, power) = Schedule.linear(T), how
     n = data.draw(st.integers(1, T))
     times = schedule.times(n, spacing=spacing)
     assert len(times) == n + 1 and times[0] == T and times[-1] == 0
     assert all(t > s for t, s in zip(times, times[1:]))
-    wish = [T * (1 - i / n) ** (1 if spacing is uniform else 2) for i in range(n + 1)]
+    wish = [T * (1 - i / n) ** power for i in range(n + 1)]
     for i, (got, want) in enumerate(zip(times, wish)):      # off by rounding, or held in place by its neighbours
         held = got == n - i and want < got or i and got == times[i - 1] - 1 and want > got
         assert abs(got - want) <= 0.5 + 1e-9 or held

@@ -123,8 +123,12 @@ class Chapter:
         output, warnings = pandoc(arguments, json.dumps(tree))
         for warning in warnings:
             self.problem(warning)
-        # browsers stretch an accent over its letter and at times lose it; over one letter it need not stretch
-        output = re.sub(r"(<mover><mi>[^<]*</mi><mo accent=\"true\")>", r'\1 stretchy="false">', output)
+        # browsers stretch a combining accent over its letter and at times lose it: set the spacing one as it is
+        accent = re.compile("<mover>(<mi>[^<]*</mi>)<mo accent=\"true\">([\u0302\u0303])</mo>")
+        spacing = {"\u0302": "\u02c6", "\u0303": "\u02dc"}
+        output = accent.sub(
+            lambda m: f'<mover accent="true">{m[1]}<mo accent="true" stretchy="false">{spacing[m[2]]}</mo>', output
+        )
         self.heading, _, body = re.sub(r"<!--list-->.*<!--list-->", "", output, flags=re.S).partition("<!--body-->")
         if self.book.references and not has_references:
             page = os.path.relpath(self.book.references, Path(self.url).parent)
