@@ -20,8 +20,8 @@ DEVICE = torch.device("cpu" if MISSING else ASKED)
 on_device = pytest.mark.skipif(MISSING, reason=f"UDM_DEVICE={ASKED}, and this machine has no such device")
 
 
-def pytest_report_header(config):
-    return f"laws on {ASKED}" + (": SKIPPED, this machine has no such device" if MISSING else "")
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"laws on {ASKED}" + (": SKIPPED, this machine has no such device" if MISSING else ""))
 
 
 @contextmanager

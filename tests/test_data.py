@@ -36,6 +36,7 @@ def test_energy_distance_is_the_mean_over_pairs():
     between = sum(math.dist(x, y) for x in a.tolist() for y in b.tolist()) / 35
     def within(x): return sum(math.dist(p, q) for p in x.tolist() for q in x.tolist()) / len(x) / (len(x) - 1)
     assert energy_distance(a, b) == pytest.approx(2 * between - within(a) - within(b), abs=1e-6)
+    assert energy_distance(a[:2], b[:2]) != 0
     assert energy_distance(a.float(), b.float()) == energy_distance(a.float().double(), b.float().double())
     assert energy_distance(a.view(7, 1, 2, 1), b.view(5, 1, 2, 1)) == pytest.approx(energy_distance(a, b), abs=1e-12)
 

@@ -282,6 +282,8 @@ EQUIVALENT = {
     r"schedule in Schedule.T: self.alpha -> self.sigma": "the tables have one length",
     r"schedule in Schedule.from_betas: (b.numel\(\) < 9 -> |9 -> |0 -> -1 #2)": "how many betas a message lists; the only axis",
     r"oracle in Mixture.points: 0 -> -1": "the size of any row",
+    r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
+    r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",
     r"hot in markov_rho: (.*clamp_min\(0\) -> 1|0 -> -1)": "rounding is monotone, so the ratio never exceeds 1 for s < t: the clamp does nothing",
     r"hot in Hot.(infer_noise|step_posterior): x0 -> xt": "only shape and dtype are taken from it",
     r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",

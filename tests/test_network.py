@@ -2,6 +2,7 @@
 import pytest
 import torch
 from conftest import close, normal
+from torch.nn import functional as fn
 
 from udm_book.network import Block, ConvNet, TimeEmbedding
 
@@ -44,6 +45,24 @@ def shaken(dtype=torch.float64):
     return net
 
 
+def test_a_block_and_the_network_are_their_formulas():
+    "Written out with torch.nn.functional; the sum of the two resolutions before the last blocks."
+    net, x, t = shaken(), normal(3, 1, 4, 4, device="cpu"), torch.tensor([1, 2, 3])
+    def norm(layer, x): return fn.group_norm(x, 8, layer.weight, layer.bias)
+    def conv(layer, x): return fn.conv2d(x, layer.weight, layer.bias, padding=1)
+    def block(b, x):
+        scale, shift = fn.linear(time, b.time.weight, b.time.bias)[:, :, None, None].chunk(2, 1)
+        inside = norm(b.norm, conv(b.before[2], fn.silu(norm(b.before[0], x)))) * (1 + scale) + shift
+        return x + conv(b.after[1], fn.silu(inside))
+    time = net.embed[0](t)
+    for i in 1, 3: time = fn.silu(fn.linear(time, net.embed[i].weight, net.embed[i].bias))
+    h = block(net.first[0], conv(net.enter, x))
+    low = block(net.middle[0], fn.conv2d(h, net.down.weight, net.down.bias, stride=2))
+    h = block(net.last[0], h + fn.conv_transpose2d(low, net.up.weight, net.up.bias, stride=2))
+    want = conv(net.leave[2], fn.silu(norm(net.leave[0], h)))
+    close(net(x, t), want, 1e3 * want.abs().max())
+
+
 def test_the_answer_depends_on_time_and_every_weight_learns():
     net, x = shaken(), normal(4, 1, 4, 4, device="cpu")
     a, b = net(x, torch.zeros(4, dtype=torch.long)), net(x, torch.full((4,), 5))
@@ -66,8 +85,15 @@ def test_two_resolutions():
         if isinstance(module, Block): module.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[1:])))
     net(torch.zeros(1, 1, 8, 4), torch.zeros(1, dtype=torch.long))
     assert seen == [(8, 8, 4)] * 2 + [(16, 4, 2)] * 2 + [(8, 8, 4)] * 2
+    assert net.down.kernel_size == net.up.kernel_size == (2, 2)                     # no pixel is passed over
 
 
 def test_width_and_depth_are_arguments():
     count = lambda **k: sum(p.numel() for p in ConvNet(**k).parameters())           # noqa: E731
     assert count(width=8) < count(width=16) and count(width=8, blocks=1) < count(width=8, blocks=2)
+    assert count() == count(channels=1, width=48, blocks=2)
+
+
+def test_only_weights_are_stored():
+    net = ConvNet(width=8, blocks=1)
+    assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
