@@ -14,16 +14,19 @@ from torch import Tensor
 
 # %% ../nbs/51_data.ipynb #exp-check
 def check_data(x: Tensor, low: float = -1., high: float = 1.) -> Tensor:
-    "Return `x`, once it is found to be floating point, finite, not empty and within [low, high]; else TypeError or ValueError."
-    if not x.is_floating_point(): raise TypeError(f"expected floating-point data in [{low}, {high}]; got {x.dtype}")
+    "Return `x` if it is floating point, finite, not empty and within [low, high]; else TypeError or ValueError."
+    if not x.is_floating_point():
+        raise TypeError(f"expected floating-point data in [{low}, {high}]; got {x.dtype}")
     if not len(x): raise ValueError("expected at least one row of data; got none")
-    if not torch.isfinite(x).all(): raise ValueError(f"expected finite data; got {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
-    if x.min() < low or x.max() > high: raise ValueError(f"expected data in [{low}, {high}]; got [{x.min():.4g}, {x.max():.4g}]: rescale them")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"expected finite data; got {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
+    if x.min() < low or x.max() > high:
+        raise ValueError(f"expected data in [{low}, {high}]; got [{x.min():.4g}, {x.max():.4g}]: rescale them")
     return x
 
 # %% ../nbs/51_data.ipynb #exp-digits
 class Digits(NamedTuple):
-    "Handwritten digits as images in [-1, 1], `(n, 1, 8, 8)`, with their labels; `held_out` ones are never trained on."
+    "Handwritten digits, images in [-1, 1], `(n, 1, 8, 8)`, with labels; `held_out` ones are never trained on."
     train: Float[Tensor, "n 1 8 8"]
     held_out: Float[Tensor, "m 1 8 8"]
     train_labels: Tensor
@@ -34,7 +37,8 @@ def digits(held_out: int = 719, seed: int = 0) -> Digits:
     try: from sklearn.datasets import load_digits
     except ImportError as e: raise ImportError("digits need scikit-learn: pip install 'udm_book[book]'") from e
     images, labels = load_digits(return_X_y=True)
-    if not 0 < held_out < len(images): raise ValueError(f"expected to hold out between 1 and {len(images) - 1} digits; got {held_out}")
+    if not 0 < held_out < len(images):
+        raise ValueError(f"expected to hold out between 1 and {len(images) - 1} digits; got {held_out}")
     x = check_data(torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = x[order], torch.as_tensor(labels)[order]
@@ -42,9 +46,10 @@ def digits(held_out: int = 719, seed: int = 0) -> Digits:
 
 # %% ../nbs/51_data.ipynb #exp-rows
 def rows(*sets: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ k"]]:
-    "Each set as a matrix with one row per datum, in float64; ValueError where they differ in the size of a datum or hold NaN."
+    "Each set as a float64 matrix, one row per datum; ValueError where the sizes of data differ or one is NaN."
     flat = [x.flatten(1).double() for x in sets]
-    if len({x.shape[1] for x in flat}) > 1: raise ValueError(f"expected data of one size; got rows of {' and '.join(str(x.shape[1]) for x in flat)} numbers")
+    if len({x.shape[1] for x in flat}) > 1:
+        raise ValueError(f"expected data of one size; got rows of {' and '.join(str(x.shape[1]) for x in flat)} numbers")
     for x in flat: check_data(x, -float("inf"), float("inf"))
     return flat
 
@@ -55,7 +60,8 @@ def energy_distance(a: Float[Tensor, "n *d"], b: Float[Tensor, "m *d"]) -> float
     Euclidean distances of flattened rows; can come out slightly negative for equal laws. Each set needs two rows.
     """
     a, b = rows(a, b)
-    if min(len(a), len(b)) < 2: raise ValueError(f"expected at least two rows in each set; got {len(a)} and {len(b)}")
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"expected at least two rows in each set; got {len(a)} and {len(b)}")
     def within(x): return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
     return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
 

@@ -17,7 +17,8 @@ class TimeEmbedding(nn.Module):
     "Sines and cosines of t at `width / 2` frequencies from 1 down to 1/10000, `(b,)` to `(b, width)`."
     def __init__(self, width: int):
         super().__init__()
-        if width < 4 or width % 2: raise ValueError(f"expected an even width of at least 4; got {width}")
+        if width < 4 or width % 2:
+            raise ValueError(f"expected an even width of at least 4; got {width}")
         self.half = width // 2
         self.register_buffer("like", torch.empty(0), persistent=False)      # follows casts of the network, for its dtype
 
@@ -48,9 +49,11 @@ class ConvNet(nn.Module):
     """
     def __init__(self, channels: int = 1, width: int = 48, blocks: int = 2):
         super().__init__()
-        if width < 8 or width % 8: raise ValueError(f"expected a width that is a multiple of 8, the number of groups; got {width}")
+        if width < 8 or width % 8:
+            raise ValueError(f"expected a width that is a multiple of 8, the number of groups; got {width}")
         self.channels = channels
-        self.embed = nn.Sequential(TimeEmbedding(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU())
+        self.embed = nn.Sequential(TimeEmbedding(width), nn.Linear(width, 2 * width), nn.SiLU(),
+                                   nn.Linear(2 * width, 2 * width), nn.SiLU())
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up = nn.Conv2d(width, 2 * width, 2, stride=2), nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.first = nn.ModuleList(Block(width, 2 * width) for _ in range(blocks))

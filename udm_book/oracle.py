@@ -78,15 +78,18 @@ class Mixture(nn.Module):
         K, d = len(means), means[0].numel()
         if weights.shape != (K,) or (weights <= 0).any() or not abs(weights.sum().item() - 1) <= 1e-6:
             raise ValueError(f"expected {K} positive weights that sum to 1; got {weights.tolist()}")
-        if covs.shape != (K, d, d): raise ValueError(f"expected covariances of shape {(K, d, d)}; got {tuple(covs.shape)}")
-        if not (means.isfinite().all() and covs.isfinite().all()): raise ValueError("expected finite means and covariances; got NaN or infinite values")
-        if not torch.allclose(covs, covs.mT): raise ValueError("expected symmetric covariances; got one that is not")
+        if covs.shape != (K, d, d):
+            raise ValueError(f"expected covariances of shape {(K, d, d)}; got {tuple(covs.shape)}")
+        if not (means.isfinite().all() and covs.isfinite().all()):
+            raise ValueError("expected finite means and covariances; got NaN or infinite values")
+        if not torch.allclose(covs, covs.mT):
+            raise ValueError("expected symmetric covariances; got one that is not")
         var, basis = torch.linalg.eigh(covs)
         if (var < -1e-6 * var.abs().amax(-1, keepdim=True)).any():
             raise ValueError(f"expected positive semi-definite covariances; got the eigenvalue {var.min().item()}")
         self.shape = tuple(means.shape[1:])
-        for name, value in dict(log_weights=weights.log(), means=means.flatten(1), var=var.clamp_min(0), basis=basis).items():
-            self.register_buffer(name, value)
+        parts = dict(log_weights=weights.log(), means=means.flatten(1), var=var.clamp_min(0), basis=basis)
+        for name, value in parts.items(): self.register_buffer(name, value)
 
     @classmethod
     def gaussian(cls, mean: Float[Tensor, "*shape"], cov: Float[Tensor, "d d"]) -> "Mixture":
@@ -124,11 +127,13 @@ class Oracle(nn.Module):
         self.data, self.schedule = data, schedule
 
     def _parts(self, xt, t):
-        "alpha, sigma, and for each component: coordinates of xt from its centre, variances along the axes, log of weight times density."
+        "alpha, sigma; for each component: coordinates of xt about its centre, their variances, log joint density."
         check_rows(t, xt=xt)
         d = self.data
-        if xt.dtype != d.means.dtype: raise TypeError(f"expected xt in the dtype of the data, {d.means.dtype}; got {xt.dtype}")
-        if xt.shape[1:] != d.shape: raise ValueError(f"expected rows shaped as the data, {d.shape}; got {tuple(xt.shape[1:])}")
+        if xt.dtype != d.means.dtype:
+            raise TypeError(f"expected xt in the dtype of the data, {d.means.dtype}; got {xt.dtype}")
+        if xt.shape[1:] != d.shape:
+            raise ValueError(f"expected rows shaped as the data, {d.shape}; got {tuple(xt.shape[1:])}")
         alpha, sigma = self.schedule.at(t, d.means[None])
         z = along(d.basis, xt.flatten(1)[:, None] - alpha * d.means)
         total = alpha.square() * d.var + sigma.square()

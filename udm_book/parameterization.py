@@ -60,7 +60,8 @@ class Denoiser(nn.Module):
         (skip, out), (p, q) = parameterization.inverse(a, b), parameterization.mix(a, b)
         if var is not None and var.shape != a.shape:
             raise ValueError(f"expected one variance for each time 0..T, shape {tuple(a.shape)}; got {tuple(var.shape)}")
-        if var is not None and not ((var >= 0) & var.isfinite()).all(): raise ValueError(f"expected variances >= 0; got {var.tolist()}")
+        if var is not None and not ((var >= 0) & var.isfinite()).all():
+            raise ValueError(f"expected variances >= 0; got {var.tolist()}")
         self.net, self.parameterization = net, parameterization
         self.affine, self.mix = Tables(skip=skip, out=out), Tables(on_x0=p, on_eps=q)
         self.var = None if var is None else Tables(var=var)
@@ -69,11 +70,13 @@ class Denoiser(nn.Module):
     def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Posterior:
         skip, out = self.affine.at(t, xt)
         y = self.net(xt, t, **cond)
-        if y.shape != xt.shape: raise ValueError(f"expected the network to return the shape of xt, {tuple(xt.shape)}; got {tuple(y.shape)}")
+        if y.shape != xt.shape:
+            raise ValueError(f"expected the network to return the shape of xt, {tuple(xt.shape)}; got {tuple(y.shape)}")
         mean = (skip * xt).addcmul_(out, y)
         return Dirac(mean) if self.var is None else Gaussian(mean, *self.var.at(t, xt))
 
-    def target(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
+    def target(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"],
+               t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
         "`p_t x0 + q_t eps`, what the network should have said."
         if self.is_x0 or self.is_eps: return x0 if self.is_x0 else eps
         p, q = self.mix.at(t, x0)

@@ -36,34 +36,40 @@ class EMA:
 
 # %% ../nbs/52_train.ipynb #exp-batches
 def batches(x: Tensor, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    "Batches of rows without end: each pass goes through all rows in a new order; a rest smaller than `size` is left out."
-    if not 1 <= size <= len(x): raise ValueError(f"expected a batch size between 1 and {len(x)}; got {size}")
+    "Batches of rows without end: each pass takes all rows in a new order and leaves out a rest below `size`."
+    if not 1 <= size <= len(x):
+        raise ValueError(f"expected a batch size between 1 and {len(x)}; got {size}")
     while True:
         order = torch.randperm(len(x), generator=generator)
         for i in range(0, len(x) - size + 1, size): yield x[order[i:i + size]]
 
 # %% ../nbs/52_train.ipynb #exp-fit
-def fit(module: nn.Module, loss: Callable[[Tensor], Float[Tensor, " b"]], data: Tensor, steps: int, *, batch: int = 128,
-        lr: float = 2e-3, decay: float = .999, generator: torch.Generator | None = None, progress: bool = True) -> tuple[nn.Module, list[float]]:
-    """Minimise the mean of `loss(x0)` over batches of `data` by AdamW, warmed up over a tenth of the steps, then a cosine to 0.
+def fit(module: nn.Module, loss: Callable[[Tensor], Float[Tensor, " b"]], data: Tensor, steps: int, *,
+        batch: int = 128, lr: float = 2e-3, decay: float = .999, generator: torch.Generator | None = None,
+        progress: bool = True) -> tuple[nn.Module, list[float]]:
+    """Minimise the mean of `loss(x0)` over batches of `data` by AdamW.
 
-    Returns the moving average of `module` and the loss of every step. Raises FloatingPointError at a loss or a gradient
-    that is not finite, before it reaches the weights.
+    The rate `lr` is warmed up over a tenth of the steps and then follows a cosine to 0. Returns the moving
+    average of `module` and the loss of every step. Raises FloatingPointError at a loss or a gradient that is
+    not finite, before it reaches the weights.
     """
     if steps < 1: raise ValueError(f"expected at least one step; got {steps}")
     optimizer, ema = torch.optim.AdamW(module.parameters(), lr=lr, fused=True), EMA(module, decay)
     warm = max(1, steps // 10)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warm) * (1 + math.cos(math.pi * n / steps)) / 2)
+    def share(n): return min(1, (n + 1) / warm) * (1 + math.cos(math.pi * n / steps)) / 2
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     source, losses = batches(data, batch, generator), []
     shown = bar(range(steps), steps, progress)
     for n in shown:
         value = loss(next(source)).mean()
         losses.append(value.item())
-        if not math.isfinite(losses[-1]): raise FloatingPointError(f"expected a finite loss; got {losses[-1]} at step {n}")
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"expected a finite loss; got {losses[-1]} at step {n}")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         size = nn.utils.clip_grad_norm_(module.parameters(), 1.).item()
-        if not math.isfinite(size): raise FloatingPointError(f"expected a finite gradient; got one of size {size} at step {n}")
+        if not math.isfinite(size):
+            raise FloatingPointError(f"expected a finite gradient; got one of size {size} at step {n}")
         optimizer.step()
         rate.step()
         ema.update(module)
