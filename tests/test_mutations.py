@@ -282,6 +282,7 @@ EQUIVALENT = {
     r"schedule in Schedule.T: self.alpha -> self.sigma": "the tables have one length",
     r"schedule in Schedule.from_betas: (b.numel\(\) < 9 -> |9 -> |0 -> -1 #2)": "how many betas a message lists; the only axis",
     r"oracle in Mixture.points: 0 -> -1": "the size of any row",
+    r"train in fit: (True -> False #[23]|False -> True)$": "speed, memory and how often the terminal is written to",
     r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
     r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",
     r"hot in markov_rho: (.*clamp_min\(0\) -> 1|0 -> -1)": "rounding is monotone, so the ratio never exceeds 1 for s < t: the clamp does nothing",

@@ -1,4 +1,5 @@
 """The training loop by its exact effect on one number, the moving average, the batches."""
+import inspect
 import math
 
 import pytest
@@ -16,17 +17,18 @@ class One(torch.nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
 
-def test_steps_have_the_documented_sizes():
+@pytest.mark.parametrize("steps", [5, 100])
+def test_steps_have_the_documented_sizes(steps):
     """Where the gradient is 1, Adam moves by the learning rate itself: p shows warm-up, cosine, weight decay (0.01).
 
     The bias corrections of Adam are exact for a constant gradient up to its epsilon, 1e-8 of a step.
     """
-    model, steps, lr = One(), 40, 0.1
+    model, lr, warm = One(), 0.1, max(1, steps // 10)
     _, losses = fit(model, lambda x: model.p + 0 * x[:, 0], torch.zeros(4, 1), steps, batch=2, lr=lr, progress=False)
     p, want = 0.0, []
     for n in range(steps):
         want.append(p)
-        rate = lr * min(1, (n + 1) / 4) * (1 + math.cos(math.pi * n / steps)) / 2
+        rate = lr * min(1, (n + 1) / warm) * (1 + math.cos(math.pi * n / steps)) / 2
         p = p * (1 - 0.01 * rate) - rate
     assert losses == pytest.approx(want, abs=1e-6)          # the rate itself is computed in float32
     assert model.p.item() == pytest.approx(p, abs=1e-6)
@@ -76,6 +78,21 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     with pytest.raises(FloatingPointError, match="expected a finite loss; got nan at step 0"):
         fit(model, lambda x: model.p * math.nan + 0 * x[:, 0], torch.zeros(2, 1), 3, batch=2, progress=False)
     assert model.p.item() == 2.0
+    scales = iter([1.0, 1.0, math.inf])
+    with pytest.raises(FloatingPointError, match="got -?inf at step 2"):
+        fit(model, lambda x: model.p * next(scales) + 0 * x[:, 0], torch.zeros(2, 1), 3, batch=2, progress=False)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training_before_it_reaches_the_weights():
+    model = One(0.0)
+    with pytest.raises(FloatingPointError, match="expected a finite gradient; got one of size inf at step 0"):
+        fit(model, lambda x: model.p.sqrt() + 0 * x[:, 0], torch.zeros(2, 1), 3, batch=2, progress=False)
+    assert model.p.item() == 0.0
+
+
+def test_defaults():
+    defaults = {k: p.default for k, p in inspect.signature(fit).parameters.items()}
+    assert [defaults[k] for k in ("batch", "lr", "decay", "progress")] == [128, 2e-3, 0.999, True]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
@@ -102,5 +119,6 @@ def test_a_pass_goes_through_all_rows_once_in_a_new_order():
         assert all(len(b) == 3 for b in part) and len(set(rows)) == 9
     assert torch.cat(first).tolist() != torch.cat(second).tolist()
     assert len(next(batches(x, 1))) == 1
+    assert {len(b) for b, _ in zip(batches(torch.arange(11), 4), range(5))} == {4}                # a rest of 3 is left out
     whole = torch.cat([b for b, _ in zip(batches(x, 5, rng(0, "cpu")), range(2))])
     assert sorted(whole.tolist()) == x.tolist()
