@@ -44,14 +44,14 @@ KILLERS = {
 # (module, what stands there, what is put there instead): errors that published code has had.
 CLASSICS = {
     "β for β̃: the variance of the chain in the posterior": (
-        "hot", "row((sigma[s] * rho).square(), x0)",
-        "row((sigma[t] * rho).square(), x0)"),
+        "hot", "row(c.square(), x0)",
+        "row((self.schedule.sigma[t] * markov_rho(self.schedule, t, s)).square(), x0)"),
     "√ᾱ_t for √α_t in the chain": ("hot", "row(a[t] / a[s], xs) * xs", "row(a[t], xs) * xs"),
     "unstrided β: the share of one step, whatever the stride": (
         "hot", "\n    a, b = (schedule.alpha, schedule.sigma)\n",
         "\n    a, b, s = (schedule.alpha, schedule.sigma, t - 1)\n"),
     "the ratio of SNRs upside down": ("hot", "a[t] * b[s] / (a[s] * b[t])", "a[s] * b[t] / (a[t] * b[s])"),
-    "a variance for a standard deviation": ("hot", ".clamp_min(0).sqrt()", ".clamp_min(0)"),
+    "a variance for a standard deviation": ("hot", ".square()).sqrt()", ".square())"),
     "ᾱ for √ᾱ in the tables": ("schedule", "super().__init__(alpha=a.sqrt()", "super().__init__(alpha=a"),
     "1 - √ᾱ for √(1 - ᾱ)": ("schedule", "sigma=(1 - a).sqrt()", "sigma=1 - a.sqrt()"),
     "σ² for σ": ("schedule", "sigma=(1 - a).sqrt()", "sigma=1 - a"),
@@ -65,10 +65,10 @@ CLASSICS = {
     "noise kept with 1 - ρ for √(1 - ρ²)": (
         "reverse", "keep, add = ((1 - rho.square()).sqrt()",
         "keep, add = ((1 - rho)"),
-    "noise scaled by σ_t for σ_s": ("reverse", "rho * sigma[s]], 1)", "rho * sigma[t]], 1)"),
+    "noise scaled by σ_t for σ_s": ("reverse", "rho * sigma[s])", "rho * sigma[t])"),
     "the guess scaled by α_t for α_s": (
-        "reverse", "torch.stack([alpha[s] - b * alpha[t]",
-        "torch.stack([alpha[t] - b * alpha[t]"),
+        "reverse", "return (alpha[s] - b * alpha[t]",
+        "return (alpha[t] - b * alpha[t]"),
     "the denoiser told the time it steps to": (
         "reverse", "ask(denoiser, x, grid[i], grid[i + 1], cond).sample",
         "ask(denoiser, x, grid[i + 1], grid[i + 1], cond).sample"),
@@ -285,8 +285,7 @@ EQUIVALENT = {
     r"train in fit: (True -> False #[23]|False -> True)$": "speed, memory and how often the terminal is written to",
     r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
     r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",
-    r"hot in markov_rho: (.*clamp_min\(0\) -> 1|0 -> -1)": "rounding is monotone, so the ratio never exceeds 1 for s < t: the clamp does nothing",
-    r"hot in Hot.(infer_noise|step_posterior): x0 -> xt": "only shape and dtype are taken from it",
+    r"hot in Hot.(infer_noise|step_posterior): (x0 -> xt|xt -> x0)": "only shape and dtype are taken from it",
     r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",
     r"oracle in MixturePosterior.sample: 0 -> -1": "the only column; the shape of any component",
     r"oracle in MixturePosterior.sample: self.means\[rows, k\] \+": "normal noise is symmetric",

@@ -88,8 +88,11 @@ class Ledger:
         entries = tomllib.loads(Path(path).read_text(encoding="utf-8"))["statement"]
         self.inventory, self._results = {e["id"]: e for e in entries}, []
 
-    def _record(self, id: str, kind: str, **more):
+    def _known(self, id: str):
         if id not in self.inventory: raise KeyError(f"the inventory has no statement {id!r}")
+
+    def _record(self, id: str, kind: str, **more):
+        self._known(id)
         if kind == "shown" and any(r["id"] == id and r["kind"] == kind for r in self._results):
             raise ValueError(f"statement {id} is displayed twice")
         self._results.append(dict(id=id, kind=kind, **more))
@@ -110,7 +113,7 @@ class Ledger:
         "Run the block as a check of `id`: it passes if nothing raises, and says so in one line."
         if kind not in KINDS:
             raise ValueError(f"expected a kind of check among {', '.join(KINDS)}; got {kind!r}")
-        if id not in self.inventory: raise KeyError(f"the inventory has no statement {id!r}")
+        self._known(id)
         try: yield
         except Exception as e:
             raise AssertionError(f"statement {id}: its {kind} failed ({how}): {e}") from e
