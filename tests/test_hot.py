@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
-from conftest import close, full, normal, per_row, rng
+from conftest import close, full, normal, per_row, rng, unhooked
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import schedules, seeds, shapes, spans
 
-from udm_book.hot import Hot, ddim, ddpm, markov_rho, row
+from udm_book.forward import row
+from udm_book.hot import Hot, ddim, ddpm, markov_rho
 from udm_book.reverse import fresh_noise, reuse_noise
 from udm_book.schedule import Schedule
 
@@ -127,6 +128,12 @@ def test_step_posterior_is_bayes_rule_for_normal_laws(span, seed):
     q, kappa = F.step_posterior(x0, xt, tt, ss), (t - s + 1) * size(F, t, s, x0, xt) / schedule.sigma[t] / schedule.sigma[s]
     close(q.mean, (prior * schedule.alpha[s] * x0 + gain / noise * xt) / (prior + seen), kappa / noise)
     close(q.var, (1 / (prior + seen)).expand(4, 1), (t - s + 1) / noise / schedule.sigma[t] ** 2)
+
+
+def test_step_posterior_wants_integer_times():
+    x = normal(2, 3, device="cpu")
+    with pytest.raises(TypeError, match="integer times t"), unhooked():
+        Hot(Schedule.su(5)).step_posterior(x, x, torch.ones(2), torch.zeros(2).long())
 
 
 def test_step_posterior_by_quadrature():

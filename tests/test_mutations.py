@@ -63,8 +63,8 @@ CLASSICS = {
     "the mean instead of a sample (collapsed loop)": ("reverse", "cond).sample(generator=generator)", "cond).mean"),
     "the last step adds noise": ("reverse", "            if times[i + 1] == 0:", "            if False:"),
     "noise kept with 1 - ρ for √(1 - ρ²)": (
-        "reverse", "keep, add = ((1 - rho.square()).sqrt()",
-        "keep, add = ((1 - rho)"),
+        "reverse", "keep, add = (row((1 - rho.square()).sqrt(), xt)",
+        "keep, add = (row(1 - rho, xt)"),
     "noise scaled by σ_t for σ_s": ("reverse", "rho * sigma[s])", "rho * sigma[t])"),
     "the guess scaled by α_t for α_s": (
         "reverse", "return (alpha[s] - b * alpha[t]",
@@ -276,7 +276,7 @@ EQUIVALENT = {
     r"posterior in Categorical.nll: (-1 -> 1|1 -> 2) #4": "per_row sums over the axis of size 1 as well",
     r"reverse in MixNoise.__call__: (xt -> x0|t -> s #2)": "only shape, dtype and device are taken from it",
     r"reverse in _reverse: (len\(times\) - 1 -> len\(times\) \+ 1|1 -> [02]) #2": "the total on the progress bar, read by a test that needs pytest",
-    r"reverse in coefficients: (alpha -> sigma|t -> s #2)": "only dtype, device and shape are taken from it",
+    r"reverse in (mixing: (alpha -> sigma( #2)?|t -> s)|coefficients: 0 -> -?1)$": "only dtype, device and shape are taken from it",
     r"schedule in Tables._shaped: False -> True": "a look-up copies, also out of an inference tensor",
     r"schedule in Tables._apply: True -> False": "tables have no children",
     r"schedule in Schedule.T: self.alpha -> self.sigma": "the tables have one length",

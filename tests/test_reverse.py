@@ -56,12 +56,24 @@ def test_coefficients_are_the_kernel_fed_with_unit_vectors(kernel):
         close(torch.tensor(row, dtype=torch.float64), want, 1 / SCHEDULE.sigma[t])
 
 
+def test_the_result_is_never_the_start_itself():
+    xT = normal(2, 3, device="cpu")
+    end = sample(Hot(SCHEDULE), lambda x, t: Dirac(x), xT, [10, 0], ddpm)
+    assert torch.equal(end, xT) and end is not xT
+    x0 = normal(2, 3, seed=1, device="cpu")
+    assert sample(Hot(SCHEDULE), lambda x, t: Dirac(x0), xT, [10, 0], ddpm) is x0
+
+
 def test_only_affine_families_and_kernels_collapse():
     class Plain(Hot):
         affine = Forward.affine
     def transition(F, posterior, xt, t, s, *, generator): return xt
     assert coefficients(Plain(SCHEDULE), ddpm, [2, 1]) is None
     assert coefficients(Hot(SCHEDULE), transition, [2, 1]) is None
+    class Own(Kernel):
+        def __call__(self, F, x0, xt, t, s, fresh): return x0
+    t, s = torch.tensor([2]), torch.tensor([1])
+    assert ddpm.bridge(Plain(SCHEDULE), t, s) is None and Own().bridge(Hot(SCHEDULE), t, s) is None
     D, xT = Denoiser(net, SCHEDULE, V), normal(2, 3, device="cpu")
     a, b = (sample(F, D, xT, [10, 5, 1], ddpm, generator=rng(1, "cpu")) for F in (Hot(SCHEDULE), Plain(SCHEDULE)))
     close(a, b, 20)
