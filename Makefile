@@ -17,7 +17,7 @@ export PYTHONPATH :=
 DIGEST = { cat constraints.txt; sed -n '/^\[build-system\]/,/^$$/p; /^dependencies/,/^\[tool.pytest/p' pyproject.toml; } \
          | sha256sum | cut -c1-16
 
-.PHONY: help setup book export run render test test-all bench lab check clean
+.PHONY: help setup peers book export run render test test-all bench lab check clean
 
 help:  ## this list
 	@echo "Usage: make TARGET"
@@ -38,6 +38,13 @@ setup:  ## the environment in .venv (once; again when the pins change)
 	rm -f $(VENV)/ready-*
 	touch $(VENV)/ready-$$digest
 	echo "== set-up done"
+
+peers: setup
+	@digest=$$($(DIGEST)); [ -e $(VENV)/peers-$$digest ] && exit 0
+	echo "== set-up for test-all: the other library that samplers are compared with (11 packages, 15 MB)"
+	$(PIP) install -e '.[dev,peers]' -c constraints.txt
+	rm -f $(VENV)/peers-*
+	touch $(VENV)/peers-$$digest
 
 export: setup
 	@$(BIN)/nbdev_export
@@ -75,7 +82,7 @@ endef
 test: setup  ## all checks of the notebooks and pytest, without what is marked slow
 	@$(call TEST,,)
 
-test-all: setup  ## the same with slow cells and slow tests
+test-all: peers  ## the same with slow cells and slow tests, and beside another library (diffusers)
 	@$(call TEST,--slow,-m "slow or not slow")
 
 bench: setup  ## the library beside its peers: one table of ratios

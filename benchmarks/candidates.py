@@ -2,14 +2,20 @@
 
 Each candidate does three things with a network `net(x, t)` that predicts the noise, and a linear schedule of 1000 times:
 
-    sampler(net, kind, steps, like) -> run       `run(x)` samples in `steps` steps from x; kind is "ddpm" or "ddim"
+    sampler(net, kind, steps, like) -> run       `run(x)` samples in `steps` steps from x; kind is "ddpm", "ddim" or one of
+                                                 its `solvers`: "heun" (two network calls a step), "2m" (DPM-Solver++(2M))
     loss(net, like) -> run                       `run(x0)` draws times and noise and returns the training loss
     forward(like) -> run                         `run(x0, eps, t)` is the noisy data at times t in 1..999
+
+and, where it has one,
+
+    bound(net, steps, like) -> run               `run(x0)` is the negative bound of 8-bit images over that many steps
 
 `like` gives the device and the shape of the batches. Libraries are used as their documentation says, with clipping
 switched off where there is a switch.
 """
 import importlib.metadata
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,6 +33,8 @@ class Candidate(ABC):
 
     imports = ""  # the statement whose time is compared with `import torch`
     has_out = False  # the forward process can write into a given tensor
+    has_bound = False
+    solvers = ()
 
     @property
     @abstractmethod
@@ -41,12 +49,16 @@ class Candidate(ABC):
     @abstractmethod
     def forward(self, like: Tensor) -> Callable: ...
 
+    def bound(self, net: nn.Module, steps: int, like: Tensor) -> Callable:
+        raise NotImplementedError
+
 
 class Library(Candidate):
     """This library."""
 
     imports = "import pkgutil, udm_book; [__import__('udm_book.' + m.name) for m in pkgutil.iter_modules(udm_book.__path__)]"
-    has_out = True
+    has_out = has_bound = True
+    solvers = ("heun", "2m")
 
     def __init__(self):
         from udm_book.hot import Hot
@@ -70,8 +82,11 @@ class Library(Candidate):
     def sampler(self, net, kind, steps, like):
         from udm_book.hot import ddim, ddpm
         from udm_book.reverse import sample
+        from udm_book.score import DPMSolver2M, Heun
 
         denoiser, times, kernel = self.denoiser(net, like), self.schedule.times(steps), ddpm if kind == "ddpm" else ddim()
+        if kind in self.solvers:
+            denoiser = dict(zip(self.solvers, (Heun, DPMSolver2M)))[kind](denoiser, self.F).to(like.device)
         return lambda x: sample(self.F, denoiser, x, times, kernel)
 
     def loss(self, net, like):
@@ -84,11 +99,19 @@ class Library(Candidate):
         self.F.to(like.device)
         return lambda x0, eps, t, out=None: self.F(x0, t, eps, out=out)
 
+    def bound(self, net, steps, like):
+        from udm_book.elbo import elbo
+        from udm_book.likelihood import Decoder, Levels
+
+        denoiser, decoder, times = self.denoiser(net, like), Decoder(Levels(), var=1e-4), self.schedule.times(steps)
+        return lambda x0: elbo(self.F, denoiser, x0, times=times, decoder=decoder, chunk=8).total
+
 
 class Plain(Candidate):
     """The same by hand: coefficients as Python floats, two or three operators a step, nothing checked, nothing general."""
 
-    has_out = True
+    has_out = has_bound = True
+    solvers = ("heun", "2m")
 
     def __init__(self):
         bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)])
@@ -101,6 +124,8 @@ class Plain(Candidate):
     def sampler(self, net, kind, steps, like):
         times = torch.linspace(T, 0, steps + 1).round().long().tolist()
         a, b = self.alpha.tolist(), self.sigma.tolist()
+        if kind in self.solvers:
+            return self.solver(net, kind, times, like)
         rows = []
         for t, s in zip(times, times[1:]):
             rho = (1 - (a[t] * b[s] / (a[s] * b[t])) ** 2) ** 0.5 if kind == "ddpm" else 0.0
@@ -114,6 +139,32 @@ class Plain(Candidate):
                 x, spare = torch.mul(x0, on_x0, out=spare).add_(x, alpha=on_xt), x
                 if add:
                     x.add_(noise.normal_(), alpha=add)
+            return x
+
+        return run
+
+    def solver(self, net, kind, times, like):
+        a, b = self.alpha.tolist(), self.sigma.tolist()
+        at = {t: torch.full(like.shape[:1], t, device=like.device) for t in times}
+        log_ratio = [math.log(p / q) if q else math.inf for p, q in zip(a, b)]
+
+        def guess(x, t):
+            return torch.mul(x, 1 / a[t]).add_(net(x, at[t]), alpha=-b[t] / a[t])
+
+        def run(x):
+            before, h_before = None, None
+            for t, s in zip(times, times[1:]):
+                x0 = better = guess(x, t)
+                keep = b[s] / b[t]
+                move = a[s] - keep * a[t]
+                if kind == "2m":
+                    h = log_ratio[s] - log_ratio[t]
+                    if before is not None and s:
+                        better = torch.lerp(x0, before, -h / (2 * h_before))
+                    before, h_before = x0, h
+                x = torch.mul(x, keep).add_(better, alpha=move)
+                if kind == "heun" and s:
+                    x = x.add_(guess(x, s).sub_(x0), alpha=move * b[t] * a[s] / (2 * a[t] * b[s]))
             return x
 
         return run
@@ -136,23 +187,45 @@ class Plain(Candidate):
         alpha, sigma = self.tables(like)
         return lambda x0, eps, t, out=None: torch.mul(x0, alpha[t], out=out).addcmul_(eps, sigma[t])
 
+    def bound(self, net, steps, like):
+        a, b = self.alpha.tolist(), self.sigma.tolist()
+        times = torch.linspace(T, 0, steps + 1).round().long()
+        at = times.to(like.device)[:, None].expand(-1, len(like)).unbind()
+        times = times.tolist()
+
+        def run(x0):
+            total = ((a[T] * x0).square() + (b[T] ** 2 - 1 - math.log(b[T] ** 2))).flatten(1).sum(1) / 2
+            for i, (t, s) in enumerate(zip(times, times[1:])):
+                xt = torch.mul(x0, a[t]).add_(torch.randn_like(x0), alpha=b[t])
+                guess = torch.mul(xt, 1 / a[t]).add_(net(xt, at[i]), alpha=-b[t] / a[t])
+                if s:
+                    weight = ((a[s] / b[s]) ** 2 - (a[t] / b[t]) ** 2) / 2
+                    total.add_((x0 - guess).square_().flatten(1).sum(1), alpha=weight)
+            scale = 1e-2 * 2**0.5  # of the erf, for a last variance of 1e-4
+            upper = torch.where(x0 > 0.999, 1, torch.erf((x0 - guess + 1 / 255) / scale))
+            lower = torch.where(x0 < -0.999, -1, torch.erf((x0 - guess - 1 / 255) / scale))
+            return total - ((upper - lower) / 2).clamp_min(1e-12).log().flatten(1).sum(1)
+
+        return run
+
 
 class Diffusers(Candidate):
     """diffusers' schedulers in the loop of its documentation."""
 
     imports = "from diffusers import DDIMScheduler, DDPMScheduler"
+    solvers = ("heun", "2m")
 
     def __init__(self):
-        from diffusers import DDIMScheduler, DDPMScheduler
+        from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-        self.kinds = dict(ddpm=DDPMScheduler, ddim=DDIMScheduler)
+        self.kinds = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "heun": HeunDiscreteScheduler, "2m": DPMSolverMultistepScheduler}
 
     @property
     def version(self):
         return importlib.metadata.version("diffusers")
 
     def sampler(self, net, kind, steps, like):
-        scheduler = self.kinds[kind](num_train_timesteps=T, clip_sample=False)
+        scheduler = self.kinds[kind](num_train_timesteps=T, **{} if kind == "2m" else dict(clip_sample=False))
         scheduler.set_timesteps(steps, device=like.device)
 
         def run(x):
@@ -160,7 +233,13 @@ class Diffusers(Candidate):
                 x = scheduler.step(net(x, t), t, x).prev_sample
             return x
 
-        return run
+        def run_solver(x):
+            scheduler.set_timesteps(steps, device=like.device)  # it counts its steps
+            for t in scheduler.timesteps:
+                x = scheduler.step(net(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+            return x
+
+        return run_solver if kind in self.solvers else run
 
     def loss(self, net, like):
         scheduler = self.kinds["ddpm"](num_train_timesteps=T)
@@ -314,6 +393,7 @@ class ImprovedDiffusion(Candidate):
     """openai/improved-diffusion, from its source (not on a package index)."""
 
     imports = "import improved_diffusion.gaussian_diffusion, improved_diffusion.respace"
+    has_bound = True
 
     def __init__(self):
         from improved_diffusion import gaussian_diffusion, respace
@@ -347,6 +427,10 @@ class ImprovedDiffusion(Candidate):
     def forward(self, like):
         process = self.process(T)
         return lambda x0, eps, t: process.q_sample(x0, t, noise=eps)
+
+    def bound(self, net, steps, like):
+        process = self.process(steps)
+        return lambda x0: process.calc_bpd_loop(net, x0, clip_denoised=False)["total_bpd"]
 
 
 def define_torchvision_operators():

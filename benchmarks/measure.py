@@ -110,6 +110,8 @@ def counts(candidate: "candidates.Candidate", device: str = "cpu") -> dict[str, 
         for kind in ("ddpm", "ddim"):
             found = per_step(lambda steps: candidate.sampler(Identity(), kind, steps, x), x)
             out[f"{kind} calls"], out[f"{kind} waits"] = found["calls"], found["waits"]
+        for kind in candidate.solvers:
+            out[f"{kind} calls"] = per_step(lambda steps: candidate.sampler(Identity(), kind, steps, x), x)["calls"]
         loss = candidate.loss(Identity(), x)
         loss(x)
         with Calls() as calls:
@@ -228,6 +230,24 @@ def training(entrants: dict, device: str, rounds: int, make: Callable, key: str,
             for name in entrants}
 
 
+def bounds(entrants: dict, device: str, rounds: int, steps: int = 100) -> dict[str, dict[str, float]]:
+    """The bound of one 8-bit image against a call of the U-Net for each of its steps, one at a time.
+
+    100 steps make short rounds. With 1000 the last step, which alone needs a decoder, weighs less.
+    """
+    net, t = UNet().to(device), torch.full((1,), 500, device=device)
+    x0 = torch.randint(0, 256, (1, *IMAGES[1:]), device=device) / 127.5 - 1
+
+    def bare():
+        for _ in range(steps):
+            net(x0, t)
+
+    with torch.no_grad():
+        runs = {name: c.bound(net, steps, x0) for name, c in entrants.items() if c.has_bound}
+        times = race({"": bare} | {name: lambda run=run: run(x0) for name, run in runs.items()}, device, rounds) if runs else {}
+    return {name: {"bound ratio": ratio(times[name], times[""]), "bound µs": min(times[name]) / steps * 1e6} for name in runs}
+
+
 def destruction(entrants: dict, device: str, rounds: int) -> dict[str, dict[str, float]]:
     """The forward process on 1e7 numbers against `torch.add` of two such tensors into a third."""
     x0, eps, target = (torch.randn(LARGE, device=device) for _ in range(3))
@@ -253,6 +273,7 @@ def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[
         training(entrants, device, rounds, OneConv, "one convolution", 10),
         training(entrants, device, max(3, rounds // 2 + 2), UNet, "U-Net", 1),
         destruction(entrants, device, rounds),
+        bounds(entrants, device, rounds),
     ):
         for name, found in part.items():
             out[name].update(found)

@@ -27,6 +27,8 @@ SHORT = {"denoising_diffusion_pytorch": "denoising-diffusion-pytorch", "improved
 ROWS = [  # title, keys, target, digits
     ("operators per step, DDPM", "ddpm calls", 10, 0),
     ("operators per step, DDIM", "ddim calls", 8, 0),
+    ("operators per step, DPM-Solver++(2M)", "2m calls", 8, 0),
+    ("operators per step, Heun, two network calls", "heun calls", 12, 0),
     ("operators per training loss", "loss calls", 12, 0),
     ("waits for a GPU per step, DDPM", "ddpm waits", 0, 0),
     ("waits for a GPU per step, DDIM", "ddim waits", 0, 0),
@@ -39,6 +41,7 @@ ROWS = [  # title, keys, target, digits
     ("forward process into `out` / `torch.add(out=)`", "forward out ratio", 1.6, 2),
     ("forward process / `torch.add(out=)`", "forward ratio", None, 2),
     ("tensors that the forward process allocates", "forward extra", 1, 0),
+    ("bound of one image / a call of a U-Net for each step", "bound ratio", 0.7, 2),
     ("import / `import torch`", "import ratio", 1.1, 2),
 ]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {

@@ -1,6 +1,7 @@
 """Set-up of all tests: type checks, hypothesis, the device, and the two comparisons with their derived bounds."""
 import os
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import hypothesis
 import jaxtyping
@@ -22,6 +23,8 @@ on_device = pytest.mark.skipif(MISSING, reason=f"UDM_DEVICE={ASKED}, and this ma
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"laws on {ASKED}" + (": SKIPPED, this machine has no such device" if MISSING else ""))
+    if find_spec("diffusers") is None:
+        terminalreporter.write_line("comparisons with diffusers: SKIPPED, it is not installed (make test-all installs it)")
 
 
 @contextmanager
@@ -33,6 +36,19 @@ def unhooked():
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", was)
+
+
+def refuses(cases):
+    """A test for each case of bad input, `name: (error, call, what is expected, what came)`, as users have it: without type checks.
+
+    Assign it to a name that starts with `test_`, and the cases to `CASES`, where test_bad_input.py collects them.
+    """
+    @pytest.mark.parametrize("name", cases)
+    def test(name):
+        error, call, expected, came = cases[name]
+        with unhooked(), pytest.raises(error, match=f"expected.*{expected}.*got.*{came}") as caught: call()
+        assert type(caught.value) is error
+    return test
 
 
 def rng(seed=0, device=DEVICE):

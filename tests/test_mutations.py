@@ -33,10 +33,16 @@ KILLERS = {
     "schedule": ["test_schedule", "test_bad_input"],
     "hot": ["test_hot", "test_bad_input"],
     "parameterization": ["test_parameterization", "test_bad_input", "test_objective", "test_schedule"],
+    "likelihood": ["test_likelihood"],
+    "analytic": ["test_analytic"],
+    "estimators": ["test_estimators"],
+    "elbo": ["test_elbo"],
+    "score": ["test_score"],
     "oracle": ["test_oracle", "test_bad_input"],
     "data": ["test_data", "test_bad_input"],
     "train": ["test_train", "test_bad_input"],
     "network": ["test_network", "test_bad_input"],
+    "samplers": ["test_samplers"],
 }
 
 # ----------------------------------------------------------------------------------------------------------- the classics
@@ -73,9 +79,18 @@ CLASSICS = {
         "reverse", "ask(denoiser, x, grid[i], grid[i + 1], cond).sample",
         "ask(denoiser, x, grid[i + 1], grid[i + 1], cond).sample"),
     "the sign of v": ("parameterization", "(-sigma, alpha)", "(sigma, alpha)"),
-    "skip and out exchanged": (
-        "parameterization", "(torch.where(data, 1.0, -q / det), torch.where(data, 0.0, sigma / det))",
-        "(torch.where(data, 0.0, sigma / det), torch.where(data, 1.0, -q / det))"),
+    "skip and out exchanged": ("parameterization", "skip, out = self.into(", "out, skip = self.into("),
+    "min(SNR + 1, γ) for min(SNR, γ)": ("parameterization", "schedule.snr.clamp(max=gamma)", "(schedule.snr + 1).clamp(max=gamma)"),
+    "the SNR of the roots squared once more": (
+        "parameterization", "schedule.snr.clamp(max=gamma)", "schedule.snr.square().clamp(max=gamma)"),
+    "the bound with β_t of the whole way": ("parameterization", "-schedule.snr[1:].diff() / 2", "schedule.snr[2:] / 2"),
+    "the noise of one step for that of all": (
+        "parameterization", "asked((1 - kept.square()).sqrt() / sigma, sigma)", "asked(torch.ones_like(sigma), sigma)"),
+    "the mean with β̃_t's σ_{t-1} for its square": (
+        "parameterization", "alpha / a * s.square() / sigma", "alpha / a * s / sigma"),
+    "c_out without σ_data": ("parameterization", "sigma / (sigma_data * size)", "sigma / size"),
+    "zero terminal SNR by shifting alone": (
+        "parameterization", "alpha[1] * (alpha - alpha[-1]) / (alpha[1] - alpha[-1])", "alpha - alpha[-1]"),
     "the weight without its square": ("parameterization", "[1].square()", "[1]"),
     "times drawn from 0": ("objective", "torch.randint(1, F.T + 1", "torch.randint(0, F.T + 1"),
     "times drawn up to T - 1": ("objective", "torch.randint(1, F.T + 1", "torch.randint(1, F.T"),
@@ -92,6 +107,73 @@ CLASSICS = {
     "the covariance between components left out": (
         "oracle", "return within + torch.einsum",
         "return within + 0 * torch.einsum"),
+    "half widths of 8 bits, whatever the levels": ("likelihood", "levels.step / 2 / sd", "1 / 255 / sd"),
+    "closed bins at the ends": (
+        "likelihood", "return torch.where(k == 0, first, torch.where(k == levels.n - 1, last, inner))",
+        "return inner"),
+    "a floor under the masses": (
+        "likelihood", "return torch.where(narrow, thin, wide)",
+        "return torch.where(narrow, thin, wide).clamp(min=math.log(1e-12))"),
+    "a tanh for the normal distribution function": (
+        "likelihood", "torch.special.erfc(above) / 2)",
+        "(1 - torch.tanh(math.sqrt(2 / math.pi) * (x.clamp(min=0) + 0.044715 * x.clamp(min=0) ** 3))) / 2)"),
+    "a variance taken for a standard deviation by the decoder": ("likelihood", "sd = var.sqrt()", "sd = var"),
+    "uniform noise that is not centred": ("likelihood", "(u - 0.5)", "u"),
+    "bits divided by the size of the batch too": ("likelihood", "x0[0].numel()", "x0.numel()"),
+    "the variance of a whole datum for that of one number": (
+        "analytic", "return (x0 - mean).square().reshape(len(x0), -1).mean(1)",
+        "return (x0 - mean).square().reshape(len(x0), -1).sum(1)"),
+    "the second form for a network that is not exact": (
+        "analytic", "each.append(error_var(data, mean)",
+        "each.append(noise_var(F.schedule, F.infer_noise(mean, xt, t), t)"),
+    "noise on another datum than the one compared with": (
+        "analytic", "return (x0[i], F.sample", "return (x0[i.flip(0)], F.sample"),
+    "the standard error without its root": ("analytic", "each.std(1) / n ** 0.5", "each.std(1) / n"),
+    "negative estimates kept": ("analytic", "return var.clamp_min(0)", "return var"),
+    "σ/α for σ²/α² in the upper bound": (
+        "analytic", "(schedule.sigma / schedule.alpha).square()", "(schedule.sigma / schedule.alpha)"),
+    "the table of variances one time late": ("analytic", "*self.var.at(t, xt)", "*self.var.at(t - 1, xt)"),
+    "x̂_t compared with its own input": (
+        "estimators", "model_step(F, denoiser, xt, t, cond).nll(xs))", "model_step(F, denoiser, xt, t, cond).nll(xt))"),
+    "states drawn one by one for a path": ("estimators", "xt = F.step(xs, t, t - 1, eps)", "xt = F(x0, t, eps)"),
+    "one term taken for the sum over t": (
+        "estimators", "F.T * model_step(F, denoiser, xt, t, cond).nll(xs)", "model_step(F, denoiser, xt, t, cond).nll(xs)"),
+    "the distance of the means alone for the divergence": (
+        "estimators", "+ per_row((q.var / p.var).expand_as(x0)) / 2", ""),
+    "a step's noise drawn apart from its state": ("estimators", "per_row((step - net", "per_row((F.sample_noise(x0) - net"),
+    "the noise of a step taken for all of it": ("estimators", "t, **cond) / rho)", "t, **cond))"),
+    "a reflection with two equal signs": ("estimators", "add * earlier - keep * step", "add * earlier + keep * step"),
+    "the variance of the forward step for that of the bridge": (
+        "elbo", "own = (row(a, x0), row(c.square(), x0))",
+        "own = (row(a, x0), row((F.schedule.sigma[t] ** 2 - (F.schedule.alpha[t] / F.schedule.alpha[s] * "
+        "F.schedule.sigma[s]) ** 2).expand(c.shape), x0))"),
+    "the divergence the wrong way round": (
+        "elbo", "normal_kl(a * x0, own, a * mean, own + a.square() * var)", "normal_kl(a * mean, own + a.square() * var, a * x0, own)"),
+    "the constant of the divergence forgotten": ("elbo", " + (excess - excess.log1p())", ""),
+    "the variance of the guess not carried to the step": ("elbo", "own + a.square() * var", "own"),
+    "the guess's variance without the square of its coefficient": ("elbo", "own + a.square() * var", "own + a * var"),
+    "the prior compared at T - 1": ("elbo", "table[-1] for table", "table[-2] for table"),
+    "one noise for all the times of a chunk": (
+        "elbo", "draws = [F.sample_noise(x0, generator=generator) for _ in range(i, j)]",
+        "draws = [F.sample_noise(x0, generator=generator)] * (j - i)"),
+    "the prior left out of the bound": ("elbo", "return self.prior + self.steps", "return self.steps"),
+    "the second slope of Heun at the level of the first": (
+        "score", "self.guess(euler, s if isinstance(w, float) else s.clamp(min=1), s, cond)", "self.guess(euler, t, s, cond)"),
+    "Heun's mean of slopes without its half": ("score", "ratio_s / ratio / 2", "ratio_s / ratio"),
+    "no fallback in the last step": ("score", "torch.where(sigma == 0, 0.0, torch.where(", "torch.where(sigma < 0, 0.0, torch.where("),
+    "a solver that remembers the run before": ("score", "if t is self.time and", "if self.time is not None and"),
+    "the steps of 2M upside down": ("score", "-h / h_before / 2", "-h_before / h / 2"),
+    "the score without its square": ("score", "(alpha * mean - xt) / sigma.square()", "(alpha * mean - xt) / sigma"),
+    "variances mixed, not their logarithms": (
+        "samplers", "torch.expm1(nu * rate) + last) / gain", "nu * torch.expm1(rate) + last) / gain"),
+    "the learned range of one step, whatever the stride": ("samplers", "self.range.at(s, like)", "self.range.at(t - 1, like)"),
+    "the bound trains the mean too": ("samplers", "y.detach()", "y"),
+    "RePaint: the known part noised to t": ("samplers", "F.sample(known, s,", "F.sample(known, t,"),
+    "RePaint: the last round goes back up as well": ("samplers", "if again:", "if True:"),
+    "inversion: the noise of one time with the scales of another": (
+        "samplers", "F.infer_noise(guess, here, s, None)", "F.infer_noise(guess, here, t, None)"),
+    "z = 0 one step too early": ("samplers", "row(s > 0, xt)", "row(s > 1, xt)"),
+    "a variance without a² for the guess": ("samplers", "c ** 2 + a ** 2 * v[t]", "c ** 2 + v[t]"),
     "the moving average turned around": ("train", "1 - keep)", "keep)"),
 }
 
@@ -281,12 +363,35 @@ EQUIVALENT = {
     r"schedule in Tables._apply: True -> False": "tables have no children",
     r"schedule in Schedule.T: self.alpha -> self.sigma": "the tables have one length",
     r"schedule in Schedule.from_betas: (b.numel\(\) < 9 -> |9 -> |0 -> -1 #2)": "how many betas a message lists; the only axis",
+    r"likelihood in log_cdf: (0 -> 1|0 -> -1 #2|x < 0 -> )": "where the other form is taken anyway; at 0 both hold",
+    r"likelihood in module: 8 -> 9": "one more node of the quadrature",
+    r"likelihood in log_between: ([01].0 -> |half \* \(mid)": "harmless numbers where the other way is taken; both hold where they meet",
+    r"likelihood in log_between: 2 -> 1 #4": "a looser bound below 0 serves as well",
+    r"likelihood in log_mass: mean -> var": "only its dtype is taken",
+    r"likelihood in bits_per_dim: 0 -> ": "the size of any row",
+    r"analytic in estimate_var: 0 -> -1 #[45]": "the only axis",
+    r"analytic in estimate_var: 1 -> 0 #13": "at t = 0 the line through any entry and the first ends at the first",
+    r"analytic in clip_var: schedule.alpha -> schedule.sigma": "tables of one shape",
+    r"estimators in single_loss: x0 -> xt #5": "only its shape is taken",
+    r"estimators in step_entropy: 0 -> -1": "the size of any row",
     r"oracle in Mixture.points: 0 -> -1": "the size of any row",
+    r"elbo in _: sigma -> alpha #2": "only its shape and dtype are taken",
+    r"elbo in fold: 1 -> 2 #3": "noise of one more time is held; the pieces are the same",
+    r"elbo in fold: (0 -> -1 #2|xt -> x0)": "any of the draws; there are b rows or no more than a chunk",
     r"train in fit: (True -> False #[23]|False -> True)$": "speed, memory and how often the terminal is written to",
+    r"samplers in inpaint: 2 -> 3": "a run of which the first step alone is taken",
+    r"samplers in invert: t -> s$": "in the step that leaves the data the noise is found where it arrives: s is t there",
     r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
     r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",
     r"hot in Hot.(infer_noise|step_posterior): (x0 -> xt|xt -> x0)": "only shape and dtype are taken from it",
     r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",
+    r"parameterization in (one_step_mix: alpha -> sigma #3|nelbo.on_x0: schedule.alpha -> )": "shape or dtype are taken from it",
+    r"score in (jacobian|value_and_trace): 0 -> -1$": "the only input",
+    r"score in value_and_trace: -1 -> 1$": "the last of two axes",
+    r"score in ode_log_prob: 0 -> -1 #2": "the size of any row",
+    r"score in (Heun.forward: xt -> x0 #[23]|DPMSolver2M.forward: (xt -> x0 #[23]|x0 -> xt( #2)?|1 -> [02])$)":
+        "only dtype, device, shape or number of axes are taken from it",
+    r"score in DPMSolver2M.forward: 0.0 -> -?1.0 #3": "steps in log-SNR are positive, so that no weight is +inf",
     r"oracle in MixturePosterior.sample: 0 -> -1": "the only column; the shape of any component",
     r"oracle in MixturePosterior.sample: self.means\[rows, k\] \+": "normal noise is symmetric",
     r"oracle in (MixturePosterior.nll|Oracle.forward|Oracle.log_prob|Oracle.score): -1 -> 1": "the last of two axes",

@@ -179,3 +179,17 @@ def test_tables_keep_the_order_of_their_columns():
     table = Tables(b=torch.tensor([1.0, 2.0]), a=torch.tensor([3.0, 4.0]))
     b, a = table.at(torch.tensor([1, 0]), normal(2, device="cpu"))
     assert b.tolist() == [2.0, 1.0] and a.tolist() == [4.0, 3.0]
+
+
+def test_for_the_times_of_a_run_the_columns_are_numbers():
+    "And those of the tables as they stand: moved, cast or loaded."
+    schedule, x, t = Schedule.linear(20), normal(2, 3, 4, device="cpu"), torch.tensor([7, 7])
+    def numbers(of=7):
+        t.number = of
+        return schedule.on(t, x)
+    assert all(torch.equal(a, b) for a, b in zip(schedule.on(t, x), schedule.at(t, x)))
+    assert all(isinstance(v, float) for v in numbers())
+    for change in (lambda: None, lambda: schedule.float(), lambda: schedule.load_state_dict(Schedule.cosine(20).state_dict()),
+                   lambda: schedule.to("cpu", torch.float64)):
+        change()
+        for k in 0, 7, 20: assert numbers(k) == (schedule.alpha[k].item(), schedule.sigma[k].item())

@@ -135,8 +135,10 @@ def ask(denoiser: Callable, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Pos
     return posterior
 
 def clock(times: Sequence[int], x: Tensor) -> tuple[Int[Tensor, " b"], ...]:
-    "Each time as a tensor with one entry per row of `x`, made once for the whole run."
-    return torch.tensor(times, device=x.device)[:, None].expand(-1, len(x)).unbind()
+    "Each time as a tensor with one entry per row of `x`, made once for the whole run; its `number` is the time itself."
+    grid = torch.tensor(times, device=x.device)[:, None].expand(-1, len(x)).unbind()
+    for t, number in zip(grid, times): t.number = number
+    return grid
 
 def bar(steps: Iterable, total: int, show: bool) -> Iterable:
     "A progress bar on the terminal, where asked for."

@@ -52,6 +52,16 @@ class Tables(nn.Module):
         "The columns at times `t`, broadcasting against `like` and in its dtype and device."
         return tuple(column[t] for column in self._shaped(like))
 
+    def on(self, t: Int[Tensor, " b"], like: Tensor) -> tuple:
+        """The columns at `t` to scale `like` by: Python floats where `t` is one time of a run, else as `at`.
+
+        In a run `t.number` is that time, so that nothing is looked up on a GPU and no value is read from it.
+        """
+        number = None if torch.compiler.is_compiling() else getattr(t, "number", None)
+        if number is None: return self.at(t, like)
+        if "numbers" not in self._views: self._views["numbers"] = [c.tolist() for c in self.buffers()]
+        return tuple(column[number] for column in self._views["numbers"])
+
     def _shaped(self, like: Tensor) -> tuple[Tensor, ...]:
         key = like.dtype, like.device, like.ndim
         if torch.compiler.is_compiling() or key not in self._views:
