@@ -104,7 +104,7 @@ class Library(Candidate):
         from udm_book.likelihood import Decoder, Levels
 
         denoiser, decoder, times = self.denoiser(net, like), Decoder(Levels(), var=1e-4), self.schedule.times(steps)
-        return lambda x0: elbo(self.F, denoiser, x0, times=times, decoder=decoder, chunk=8).total
+        return lambda x0: elbo(self.F, denoiser, x0, times=times, decoder=decoder, chunk=32).total
 
 
 class Plain(Candidate):

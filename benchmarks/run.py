@@ -41,7 +41,7 @@ ROWS = [  # title, keys, target, digits
     ("forward process into `out` / `torch.add(out=)`", "forward out ratio", 1.6, 2),
     ("forward process / `torch.add(out=)`", "forward ratio", None, 2),
     ("tensors that the forward process allocates", "forward extra", 1, 0),
-    ("bound of one image / a call of a U-Net for each step", "bound ratio", 0.7, 2),
+    ("bound of one 16×16 image / a call of a U-Net for each step", "bound ratio", 0.7, 2),
     ("import / `import torch`", "import ratio", 1.1, 2),
 ]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
