@@ -117,6 +117,15 @@ class ExactMask(Forward):
         return torch.full_like(like, self.mask)
 
 
+class Other(Forward):
+    """A family that nothing is registered for and that is not normal: what must be refused."""
+    T = 4
+    def forward(self, x0, t, eps): return x0
+    def sample_noise(self, x0, *, generator=None): return x0
+    def infer_noise(self, x0, xt, t, fresh): return fresh
+    def prior(self, like, *, generator=None): return like
+
+
 @dataclass(frozen=True, eq=False)
 class Table(Posterior):
     """Any law on the rows of `states`: probabilities `(b, len(states))`."""

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from conftest import close, full, normal, refuses, rng, same_mean
+from families import Other
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import dtypes, schedules, seeds, spans
@@ -338,14 +339,6 @@ class Lazy(Kernel):
     def __call__(self, F, x0, xt, t, s, fresh): return xt
 
 
-class Family(Forward):
-    T = 4
-    def forward(self, x0, t, eps): return x0
-    def sample_noise(self, x0, *, generator=None): return x0
-    def infer_noise(self, x0, xt, t, fresh): return fresh
-    def prior(self, like, *, generator=None): return like
-
-
 ONE, FOUR = Oracle(Mixture.gaussian(torch.zeros(3), torch.eye(3)), F4.schedule), torch.full((2,), 4)
 CASES = {
     "a run that starts below T": (ValueError, lambda: elbo(F4, unsure, X, times=[3, 0]), "times from T = 4 to 0", "3 to 0"),
@@ -364,8 +357,8 @@ CASES = {
     "a guess that is not normal": (TypeError, lambda: elbo(F4, lambda xt, t: Laplace(xt, torch.ones(())), X), "one-component MixturePosterior", "Laplace"),
     "a guess of several components": (TypeError, lambda: elbo(F4, Oracle(Mixture.points(torch.eye(3)), F4.schedule), X), "one-component", "MixturePosterior"),
     "no posterior": (TypeError, lambda: elbo(F4, lambda xt, t: xt, X), "return a Posterior", "Tensor"),
-    "a family without steps": (TypeError, lambda: elbo(Family(), unsure, X), "a registered step_kl", "Family"),
-    "a family without a prior": (TypeError, lambda: prior_kl(Family(), X), "a registered prior_kl", "Family"),
+    "a family without steps": (TypeError, lambda: elbo(Other(), unsure, X), "a registered step_kl", "Other"),
+    "a family without a prior": (TypeError, lambda: prior_kl(Other(), X), "a registered prior_kl", "Other"),
     "the step of a mixture": (TypeError, lambda: reverse_law(F4, ddpm, ONE(X, FOUR), X, FOUR, FOUR - 1), "a Dirac or Gaussian guess", "MixturePosterior"),
 }
 test_the_message_says_what_was_expected_and_what_came = refuses(CASES)

@@ -4,12 +4,11 @@ import math
 import pytest
 import torch
 from conftest import close, full, normal, per_row, refuses, rng
-from families import mixture
+from families import Other, mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import alpha_bars, build, seeds, spans
 
-from udm_book.forward import Forward
 from udm_book.hot import Hot
 from udm_book.oracle import Oracle
 from udm_book.parameterization import EPS, FLOW, X0, Denoiser, V
@@ -451,14 +450,6 @@ def test_likelihood_tells_the_denoiser_time_condition_and_target():
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
-
-
-class Other(Forward):
-    T = 3
-    def forward(self, x0, t, eps): return x0
-    def sample_noise(self, x0, *, generator=None): return x0
-    def infer_noise(self, x0, xt, t, fresh): return x0
-    def prior(self, like, *, generator=None): return like
 
 
 def still(xt, t): return Dirac(xt)
