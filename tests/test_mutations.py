@@ -380,6 +380,8 @@ EQUIVALENT = {
     r"elbo in fold: (0 -> -1 #2|xt -> x0)": "any of the draws; there are b rows or no more than a chunk",
     r"train in fit: (True -> False #[23]|False -> True)$": "speed, memory and how often the terminal is written to",
     r"samplers in inpaint: 2 -> 3": "a run of which the first step alone is taken",
+    r"samplers in output_moments: (0 -> -1( #[23])?|1 -> 2 #4)$": "the only component; a table of zeros may be longer",
+    r"samplers in Greedy.(bridge: 2 -> 1 #2|__call__: (x0 -> xt|xt -> x0))$": "0 times either; only dtype and shape are taken from it",
     r"samplers in invert: t -> s$": "in the step that leaves the data the noise is found where it arrives: s is t there",
     r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
     r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",

@@ -99,6 +99,12 @@ def test_moments_of_images_keep_the_shape_of_the_mean_and_float32_data_answer_in
     close(C, al**2 * eye(4), 10)
 
 
+def test_moments_start_from_standard_normal_noise():
+    data = Mixture.gaussian(torch.zeros(2), torch.tensor([[1.0, 0.3], [0.3, 0.5]]))                     # about 0, too
+    for a, b in zip(output_moments(Hot(SHORT), ddpm, data, [12, 5, 0]), output_moments(Hot(SHORT), ddpm, data, [12, 5, 0], start=(torch.zeros(2), eye(2)))):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
 # ---------------------------------------------------------------------------------------------------------------- greedy
 
 
@@ -474,6 +480,10 @@ def test_wrappers_compile_whole_and_equal_eager():
     "In a process without type checks, which torch.compile cannot see through where there are **conditions."
     out = subprocess.run([sys.executable, "-c", WHOLE], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert out.returncode == 0, out.stderr[-3000:]
+
+
+def test_learned_variances_want_the_target_time_and_two_steps():
+    assert LearnedVariance(nn.Identity(), Schedule([1.0, 0.5, 0.1]), EPS).needs_s
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input

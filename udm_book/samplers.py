@@ -58,7 +58,7 @@ def output_moments(F: Forward, kernel: Kernel, data: Mixture, times: Iterable[in
     mean, cov = (0 * centre, torch.eye(len(lam))) if start is None else start
     centre, mean, cov = U.mT @ centre, U.mT @ mean.to(lam).flatten(), U.mT @ cov.to(lam) @ U
     for (a, b, c), t in zip(steps, times):
-        alpha, sigma = (table[t].double() for table in F.affine())
+        alpha, sigma = (table[t] for table in F.affine())
         gain = alpha * lam / (alpha.square() * lam + sigma.square())    # of E[x0|xt] in xt
         mean, keep = a * (1 - gain * alpha) * centre + (a * gain + b) * mean, a * gain + b
         cov = keep[:, None] * cov * keep + torch.diag((c**2 + a**2 * v[t]).expand_as(lam))
