@@ -12,7 +12,8 @@ from udm_book.hot import Hot, ddim, ddpm
 from udm_book.oracle import Oracle
 from udm_book.parameterization import EPS, X0, Denoiser, V
 from udm_book.posterior import Dirac, Gaussian
-from udm_book.reverse import Kernel, MixNoise, Step, bar, clock, coefficients, fresh_noise, reuse_noise, reverse, sample
+from udm_book.reverse import (
+    Kernel, MixNoise, Step, Wrapper, bar, clock, coefficients, fresh_noise, reuse_noise, reverse, rowwise, sample)
 from udm_book.schedule import Schedule
 
 KERNELS = {"fresh": fresh_noise, "reuse": reuse_noise, "mix.5": MixNoise(0.5), "mix1": MixNoise(1.0), "ddpm": ddpm,
@@ -149,6 +150,18 @@ def test_denoisers_get_times_of_each_row_the_target_if_they_ask_and_the_conditio
             return Dirac(xt)
     run(Hot(SCHEDULE), D(), normal(2, 1, device="cpu"), [10, 4, 0], ddpm, label=7)
     assert seen == [([10, 10], [4, 4], 7), ([4, 4], [0, 0], 7)]
+
+
+def test_wrappers_are_modules_that_need_what_they_wrap_needs():
+    layer = torch.nn.Linear(2, 2)
+    assert Wrapper(layer).denoiser is layer and len(list(Wrapper(layer).parameters())) == 2 and not Wrapper(layer).needs_s
+    layer.needs_s = True
+    assert Wrapper(layer).needs_s
+
+
+def test_conditions_of_rows_are_told_from_those_of_the_run():
+    rows, one = torch.zeros(3, 2), torch.tensor(3)
+    assert rowwise(dict(label=rows, scale=one, wrong=rows[:2], name="abc"), 3).keys() == {"label"}
 
 
 def test_transitions_work_on_the_posterior_itself():

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .forward import Forward
 from .posterior import Gaussian
-from .reverse import ask, check_run
+from .reverse import Wrapper, ask, check_run, rowwise
 from .schedule import Schedule, Tables
 
 # %% ../nbs/17_analytic.ipynb #exp-forms
@@ -57,18 +57,18 @@ def estimate_var(F: Forward, denoiser: Callable, x0: Float[Tensor, "m *d"], n: i
     if n < 2 or chunk < 1:
         raise ValueError(f"expected n >= 2 draws a time and chunk >= 1; got n = {n}, chunk = {chunk}")
     times = [t for t in check_run(F, x0, range(F.T, -1, -1) if times is None else times) if t]
-    per_row = {k: v for k, v in cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x0)}
+    mine = rowwise(cond, len(x0))
 
     def draw(t):
         i = torch.randint(len(x0), (n,), generator=generator, device=x0.device)
         t = torch.full_like(i, t)
-        return x0[i], F.sample(x0[i], t, generator=generator), t, *(v[i] for v in per_row.values())
+        return x0[i], F.sample(x0[i], t, generator=generator), t, *(v[i] for v in mine.values())
 
     each, group = [], max(1, chunk // n)
     for k in range(0, len(times), group):
         columns = map(torch.cat, zip(*map(draw, times[k:k + group])))
         for data, xt, t, *given in zip(*(column.split(chunk) for column in columns)):
-            mean = ask(denoiser, xt, t, t - 1, cond | dict(zip(per_row, given))).mean
+            mean = ask(denoiser, xt, t, t - 1, cond | dict(zip(mine, given))).mean
             each.append(error_var(data, mean).cpu().double())
     each = torch.cat(each).view(len(times), n)
     var, se = each.mean(1), each.std(1) / n**.5
@@ -95,21 +95,18 @@ def clip_var(schedule: Schedule, var: Float[Tensor, " steps"],
     return var.clamp_min(0).minimum(upper.to(var))
 
 # %% ../nbs/17_analytic.ipynb #exp-with-var
-class WithVar(nn.Module):
+class WithVar(Wrapper):
     """Any denoiser, made sure to a given degree: `Gaussian(mean, var[t])` around the mean of its answer.
 
     `var` holds T+1 variances >= 0, else ValueError. The wrapper of a network takes them too:
     `Denoiser(net, schedule, P, var=var)`.
     """
     def __init__(self, denoiser: Callable, var: Float[Tensor, " steps"]):
-        super().__init__()
+        super().__init__(denoiser)
         sound = (var >= 0) & var.isfinite()
         if not sound.all():
             raise ValueError(f"expected finite variances >= 0; got {var[~sound][:5].tolist()}")
-        self.denoiser, self.var = denoiser, Tables(var=var)
-
-    @property
-    def needs_s(self) -> bool: return getattr(self.denoiser, "needs_s", False)
+        self.var = Tables(var=var)
 
     def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Gaussian:
         return Gaussian(self.denoiser(xt, t, **cond).mean, *self.var.at(t, xt))

@@ -18,7 +18,7 @@ from .forward import Forward, row
 from .hot import Hot, ddpm
 from .oracle import MixturePosterior, along
 from .posterior import Dirac, Gaussian, Posterior, per_row
-from .reverse import Kernel, ask, bar, check_run, coefficients
+from .reverse import Kernel, ask, bar, check_run, coefficients, rowwise
 
 # %% ../nbs/12_elbo.ipynb #exp-normal-kl
 def normal_kl(mean1: Float[Tensor, "b *d"], var1: Float[Tensor, "..."],
@@ -107,7 +107,7 @@ def fold(F: Forward, x0: Shaped[Tensor, "b *d"], times: list[int], chunk: int,
     """
     b, n, grid = len(x0), len(times) - 1, torch.tensor(times, device=x0.device)
     cuts = [*range(0, n - 1, max(1, chunk // b)), n - 1, n]
-    mine = {k for k, v in cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == b}
+    mine = rowwise(cond, b)
     for i, j in bar(zip(cuts, cuts[1:]), len(cuts) - 1, progress):
         def again(v): return v.repeat(j - i, *[1] * (v.ndim - 1))
         draws = [F.sample_noise(x0, generator=generator) for _ in range(i, j)]

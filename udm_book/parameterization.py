@@ -104,13 +104,18 @@ class Denoiser(nn.Module):
         self.var = None if var is None else Tables(var=var)
         self.is_x0, self.is_eps = (bool((one == 1).all() and (other == 0).all()) for one, other in ((p, q), (q, p)))
 
-    def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Posterior:
+    def centre(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"],
+               y: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+        "`skip_t xt + out_t y`: the mean of the guess, from the network's answer."
         skip, out = self.affine.on(t, xt)
+        mean = torch.mul(xt, skip)
+        return mean.add_(y, alpha=out) if isinstance(out, float) else mean.addcmul_(out, y)
+
+    def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Posterior:
         y = self.net(xt, t, **cond)
         if y.shape != xt.shape:
             raise ValueError(f"expected the network to return the shape of xt, {tuple(xt.shape)}; got {tuple(y.shape)}")
-        mean = torch.mul(xt, skip)
-        mean = mean.add_(y, alpha=out) if isinstance(out, float) else mean.addcmul_(out, y)
+        mean = self.centre(xt, t, y)
         return Dirac(mean) if self.var is None else Gaussian(mean, *self.var.at(t, xt))
 
     def target(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"],

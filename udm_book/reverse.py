@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fresh_noise', 'reuse_noise', 'Kernel', 'FreshNoise', 'ReuseNoise', 'MixNoise', 'mixing', 'coefficients', 'check_run',
-           'ask', 'clock', 'bar', 'Step', 'reverse', 'sample']
+           'ask', 'Wrapper', 'rowwise', 'clock', 'bar', 'Step', 'reverse', 'sample']
 
 # %% ../nbs/04_reverse.ipynb #exp-imports
 import math, operator
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from .forward import Forward, Noise, row
 from .posterior import Posterior
@@ -133,6 +133,19 @@ def ask(denoiser: Callable, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Pos
         raise TypeError(f"expected the denoiser to return a Posterior, e.g. Dirac(x0_hat); "
                         f"got {type(posterior).__name__}")
     return posterior
+
+class Wrapper(nn.Module):
+    "A denoiser around another one; it asks for the target time if that one does."
+    def __init__(self, denoiser: Callable):
+        super().__init__()
+        self.denoiser = denoiser
+
+    @property
+    def needs_s(self) -> bool: return getattr(self.denoiser, "needs_s", False)
+
+def rowwise(cond: dict, n: int) -> dict:
+    "Those of the conditions that hold one entry for each of n rows."
+    return {k: v for k, v in cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == n}
 
 def clock(times: Sequence[int], x: Tensor) -> tuple[Int[Tensor, " b"], ...]:
     "Each time as a tensor with one entry per row of `x`, made once for the whole run; its `number` is the time itself."

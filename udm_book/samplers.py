@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .forward import Forward, row
 from .hot import Hot, ddpm
@@ -21,16 +21,13 @@ from .oracle import Mixture
 from .objective import draw_times
 from .parameterization import Denoiser, Parameterization
 from .posterior import Dirac, Gaussian, Laplace, Posterior
-from .reverse import Kernel, ask, check_run, clock, coefficients, reverse
+from .reverse import Kernel, Wrapper, ask, check_run, clock, coefficients, reverse
 from .schedule import Schedule, Tables
 
 # %% ../nbs/16_samplers.ipynb #exp-last
-class LastMean(nn.Module):
+class LastMean(Wrapper):
     "A denoiser that returns `Dirac` or `Gaussian`, without its variance in the step to s = 0: Ho's `z = 0`."
     needs_s = True
-    def __init__(self, denoiser: Callable):
-        super().__init__()
-        self.denoiser = denoiser
 
     def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], s: Int[Tensor, " b"], **cond) -> Posterior:
         posterior = ask(self.denoiser, xt, t, s, cond)
@@ -78,14 +75,12 @@ class Greedy(Kernel):
 greedy = Greedy()
 
 # %% ../nbs/16_samplers.ipynb #exp-clip
-class Clip(nn.Module):
+class Clip(Wrapper):
     "The guess of another denoiser, its mean brought into [low, high], where the data are known to lie."
     def __init__(self, denoiser: Callable, low: float = -1., high: float = 1.):
-        super().__init__()
+        super().__init__(denoiser)
         if not low < high: raise ValueError(f"expected low < high; got {low} and {high}")
-        self.denoiser, self.low, self.high = denoiser, low, high
-    @property
-    def needs_s(self) -> bool: return getattr(self.denoiser, "needs_s", False)
+        self.low, self.high = low, high
     def forward(self, xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"], **cond) -> Posterior:
         posterior = self.denoiser(xt, t, **cond)
         if not isinstance(posterior, (Dirac, Gaussian, Laplace)):
@@ -131,10 +126,6 @@ class LearnedVariance(Denoiser):
             raise ValueError(f"expected twice the channels of xt from the network, {wide}; got {tuple(y.shape)}")
         y, raw = y.chunk(2, 1)
         return y, (raw + 1) / 2
-    def centre(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        "The mean of the guess, from the network's answer."
-        skip, out = self.affine.at(t, xt)
-        return (skip * xt).addcmul_(out, y)
     def rates(self, t: Tensor, s: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Row by row `log(beta / beta_tilde)` and `a² / beta_tilde`, with the stand-in; whether s = 0."
         (log_t, snr_t, _), (log_s, snr_s, last) = self.range.at(t, like), self.range.at(s, like)

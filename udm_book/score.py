@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Float64, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .forward import Forward
 from .posterior import Dirac, per_row
-from .reverse import ask, check_run, clock
+from .reverse import Wrapper, ask, check_run, clock
 from .schedule import Schedule, Tables
 
 # %% ../nbs/18_score.ipynb #exp-score
@@ -83,7 +83,7 @@ def ode_log_prob(F: Forward, denoiser: Callable, x: Float[Tensor, "b *d"], times
     return total + (-per_row(x.square() + math.log(2 * math.pi)) / 2 if prior is None else prior(x))
 
 # %% ../nbs/18_score.ipynb #exp-solver
-class Solver(nn.Module):
+class Solver(Wrapper):
     """A denoiser whose guess makes DDIM's step (`reuse_noise`) from t to s one of higher order.
 
     Notes of the step before are used while a run goes on: while `t` is the very tensor that was
@@ -93,10 +93,10 @@ class Solver(nn.Module):
     needs_s = True
 
     def __init__(self, denoiser: Callable, F: Forward):
-        super().__init__()
+        super().__init__(denoiser)
         if F.affine() is None:
             raise ValueError(f"expected a family x_t = alpha_t x0 + sigma_t eps; got {type(F).__name__}")
-        self.denoiser, self.time, self.notes = denoiser, None, None
+        self.time, self.notes = None, None
 
     def guess(self, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Tensor:
         return ask(self.denoiser, xt, t, s, cond).mean
