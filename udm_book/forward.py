@@ -25,6 +25,8 @@ class Forward(nn.Module, ABC):
     T: int
     starts_at_data = True       # F_0 is the identity; False: the reverse process returns x0_hat at s = 0
     invertible = False          # F_t(x0, .) can be solved for eps, so that infer_noise ignores `fresh`
+    normal = False              # the noise is one tensor of independent normal numbers, so that MixNoise may mix it
+    ends_with_guess = True      # reverse returns x0_hat at s = 0; False: it takes the kernel's step there too
 
     @abstractmethod
     def forward(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],

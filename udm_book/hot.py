@@ -30,7 +30,7 @@ def markov_rho(schedule: Schedule, t, s) -> Tensor:
 # %% ../nbs/11_hot.ipynb #exp-hot
 class Hot(Forward):
     "Gaussian destruction `x_t = alpha_t x0 + sigma_t eps`, `eps ~ N(0, I)` (statement udm.06)."
-    invertible = True
+    invertible = normal = True
 
     def __init__(self, schedule: Schedule):
         super().__init__()

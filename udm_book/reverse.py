@@ -78,6 +78,7 @@ class MixNoise(Kernel):
     def share(self, F: Forward, t, s): return self.rho(F, t, s) if callable(self.rho) else self.rho
 
     def __call__(self, F, x0, xt, t, s, fresh):
+        if not F.normal: raise TypeError(f"expected a family with normal noise to mix; got {type(F).__name__}")
         rho = torch.as_tensor(self.share(F, t, s), dtype=torch.float64, device=xt.device).expand(t.shape)
         keep, add = row((1 - rho.square()).sqrt(), xt), row(rho, xt)
         return F(x0, s, keep * F.infer_noise(x0, xt, t, fresh) + add * fresh)
@@ -186,9 +187,10 @@ def _reverse(F, denoiser, x, times, transition, generator, progress, cond):
     for i in bar(range(len(times) - 1), len(times) - 1, progress):
         t, s = grid[i], grid[i + 1]
         posterior = ask(denoiser, x, t, s, cond)
-        if isinstance(transition, Kernel) or times[i + 1] == 0 and not F.starts_at_data:
+        last = times[i + 1] == 0 and F.ends_with_guess
+        if isinstance(transition, Kernel) or last and not F.starts_at_data:
             x0 = posterior.sample(generator=generator)
-            if times[i + 1] == 0: x = x0
+            if last: x = x0
             else:
                 draws = transition.draws or not F.invertible
                 fresh = F.sample_noise(x0, generator=generator) if draws else None
