@@ -1,16 +1,22 @@
 """The registry of the laws: a family is one line of FAMILIES and then has to keep every law of test_laws.py."""
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from conftest import DEVICE, normal, rng
 from torch import Tensor
+from torch.nn import functional as fn
 
+from udm_book.cold import Cold
+from udm_book.degradations import Degradation
+from udm_book.edit import EditAny, EditDifferent
+from udm_book.encoding import Encoded
 from udm_book.forward import Forward
 from udm_book.hot import Hot, ddim, ddpm
-from udm_book.oracle import Mixture, Oracle
-from udm_book.posterior import Posterior
+from udm_book.mask import AtRate, Exactly, Mask, Reveal, surest
+from udm_book.oracle import LinearOracle, Mixture, Oracle, TableOracle
+from udm_book.posterior import Laplace
 from udm_book.reverse import MixNoise, fresh_noise, reuse_noise
 from udm_book.schedule import Schedule
 
@@ -20,7 +26,8 @@ class Family:
     """What the laws need to know.
 
     `features` turns rows into columns whose means tell laws apart; `denoiser` is exact, or None; `again` makes a forward
-    process of the same kind with other tables.
+    process of the same kind with other tables. `level` is the table that inferred noise is divided by; None: nothing is
+    rounded. `marginal` holds transitions that are exact one step at a time with a denoiser that knows marginals only.
     """
     forward: Callable[[], Forward]
     data: Callable[[int, int], Tensor]                      # (n, seed) -> n independent rows
@@ -30,6 +37,9 @@ class Family:
     noise_features: Callable[[Tensor], Tensor]
     again: Callable[[], Forward]
     gain: Callable | None = None                            # of the denoiser: see run_bound
+    level: Callable[[Forward], Tensor] = lambda F: None
+    marginal: dict = field(default_factory=dict)
+    marginal_denoiser: Callable[[Forward], Callable] | None = None
 
 
 def moments(x):
@@ -84,6 +94,7 @@ def hot(schedule, data):
         noise_features=quarters,
         again=lambda: Hot(Schedule(schedule().alpha_bar ** 1.5)).to(DEVICE),
         gain=oracle_gain(data),
+        level=lambda F: F.schedule.sigma,
     )
 
 
@@ -93,28 +104,115 @@ def random_schedule():
     return Schedule([1.0, *a.tolist(), 0.0])
 
 
-# ---------------------------------------------------------------- a discrete family of the tests: exactly t masks of l
+# -------------------------------------------------------------------------------------------------- cold and encoded
 
 
-class ExactMask(Forward):
-    """At time t exactly t of the l = T tokens are masked. The noise is a permutation; position i goes when eps[i] < t."""
-    mask = -1
+class Maps(Degradation):
+    """Matrices `A_t` on three numbers: the identity, a turn that shrinks, two that lose a direction, one that keeps their sum."""
+    linear = True
 
-    def __init__(self, length):
+    def __init__(self, scale=1.0):
         super().__init__()
-        self.T = length
+        A = [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0.75, 0.5, 0], [-0.5, 0.75, 0], [0, 0, 1]], [[0.5, 0.5, 0], [-0.5, 0.75, 0], [0, 0.25, 0]],
+             [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 0.25]], [[0.5, 0.5, 0.5]] * 3]
+        self.register_buffer("A", scale * torch.tensor(A, dtype=torch.float64))
 
-    def forward(self, x0, t, eps):
-        return torch.where(eps < t[:, None], self.mask, x0)
+    @property
+    def T(self):
+        return len(self.A) - 1
 
-    def sample_noise(self, x0, *, generator=None):
-        return torch.rand(x0.shape, generator=generator, device=x0.device).argsort(1)
+    def forward(self, x0, t):
+        return torch.einsum("bij,bj->bi", self.A[t].to(x0), x0)
 
-    def infer_noise(self, x0, xt, t, fresh):
-        return (fresh + self.T * (xt != self.mask)).argsort(1).argsort(1)   # masked ones first, each part in the order of fresh
 
-    def prior(self, like, *, generator=None):
-        return torch.full_like(like, self.mask)
+def cold(kernels, denoiser=True, levels=None, **options):
+    """Normal data that lose a direction after the other, with the exact posterior."""
+    data = mixture(1, 3, seed=7)
+    mean, cov = data.means[0], data.basis[0] @ data.var[0].diag() @ data.basis[0].T
+
+    def oracle(F): return LinearOracle(mean, cov, F.D.A, F.table.levels * F.scale)
+    rising = None if levels is None else torch.tensor(levels, dtype=torch.float64)
+    return Family(
+        forward=lambda: Cold(Maps(), levels=rising, **options).to(DEVICE),
+        data=lambda n, seed: data.sample(n, generator=rng(seed)),
+        denoiser=oracle if denoiser else None,
+        kernels=kernels,
+        features=quarters,
+        noise_features=quarters,
+        again=lambda: Cold(Maps(0.5), levels=torch.linspace(0, 2, 5), **options).to(DEVICE),
+        level=lambda F: F.table.levels,
+    )
+
+
+def laplace_like(x, generator=None):
+    """Noise that is not normal."""
+    return Laplace(torch.zeros_like(x), torch.ones((), dtype=x.dtype, device=x.device)).sample(generator=generator)
+
+
+def encoded():
+    """A code of two numbers for data of three, with the exact posterior of the data."""
+    data, schedule = mixture(1, 3, seed=8), Schedule.linear(8, 0.05, 0.6)
+    mean, cov = data.means[0], data.basis[0] @ data.var[0].diag() @ data.basis[0].T
+
+    def make(scale=1.0):
+        code = torch.nn.Linear(3, 2, bias=False, dtype=torch.float64)
+        with torch.no_grad(): code.weight.copy_(scale * torch.tensor([[1.0, 0.5, -0.25], [0.0, 0.75, 1.0]]))
+        return Encoded(code.requires_grad_(False), schedule, (2,)).to(DEVICE)
+
+    return Family(
+        forward=make,
+        data=lambda n, seed: data.sample(n, generator=rng(seed)),
+        denoiser=lambda F: LinearOracle(mean, cov, F.schedule.alpha[:, None, None] * F.encoder.weight, F.schedule.sigma),
+        kernels=NORMAL_KERNELS,
+        features=quarters,
+        noise_features=quarters,
+        again=lambda: make(2.0),
+        level=lambda F: F.schedule.sigma,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+
+def sentences(V, l, seed):
+    """All sentences of l tokens out of V, and uneven chances for them."""
+    states = torch.tensor(list(itertools.product(range(V), repeat=l)), device=DEVICE)
+    chances = torch.rand(len(states), generator=rng(seed, "cpu"), dtype=torch.float64).add(0.05).to(DEVICE)
+    return states, chances / chances.sum()
+
+
+def code(x, base):
+    """A column for every row of numbers below `base` that can occur."""
+    number = (x * base ** torch.arange(x.shape[1], device=x.device)).sum(1)
+    return fn.one_hot(number, base ** x.shape[1]).double()
+
+
+def tokens(make, V, l, marginal=None, seed=9):
+    """Sentences with the exact joint posterior. Of the noise, the order counts or the quarter that a number lies in, and the token."""
+    states, chances = sentences(V, l, seed)
+
+    def noise_features(eps):
+        u, *rest = eps if isinstance(eps, tuple) else (eps,)
+        cells = 4 if isinstance(make().hits, AtRate) else l
+        place = (4 * u).long() if isinstance(make().hits, AtRate) else u.argsort(1).argsort(1)
+        return code(place * V + rest[0], cells * V) if rest else code(place, cells)
+
+    def again():
+        F = make()
+        if isinstance(F.hits, AtRate): F.hits = AtRate(F.hits.table.share.cpu() ** 1.5).to(DEVICE)
+        return F
+
+    return Family(
+        forward=lambda: make().to(DEVICE),
+        data=lambda n, seed: states[torch.multinomial(chances.expand(n, -1), 1, generator=rng(seed))[:, 0]],
+        denoiser=lambda F: TableOracle(F, states, chances),
+        kernels={"fresh": fresh_noise, "reuse": reuse_noise},
+        features=lambda x: code(x, V + 1),
+        noise_features=noise_features,
+        again=again,
+        marginal=marginal or {},
+        marginal_denoiser=lambda F: TableOracle(F, states, chances, joint=False),
+    )
 
 
 class Other(Forward):
@@ -126,50 +224,6 @@ class Other(Forward):
     def prior(self, like, *, generator=None): return like
 
 
-@dataclass(frozen=True, eq=False)
-class Table(Posterior):
-    """Any law on the rows of `states`: probabilities `(b, len(states))`."""
-    probs: Tensor
-    states: Tensor
-
-    @property
-    def mean(self):
-        return self.probs @ self.states.double()
-
-    def sample(self, *, generator=None):
-        return self.states[torch.multinomial(self.probs, 1, generator=generator)[:, 0]]
-
-    def nll(self, x0):
-        return -self.probs[(x0[:, None] == self.states).all(-1)].log()
-
-
-STATES = torch.tensor(list(itertools.product(range(2), repeat=3)), device=DEVICE)
-PRIOR = torch.tensor([0.22, 0.04, 0.10, 0.08, 0.02, 0.16, 0.06, 0.32], dtype=torch.float64, device=DEVICE)
-
-
-def fill_in(xt, t):
-    """Bayes: the data that agree with every token in sight."""
-    fits = ((xt[:, None] == STATES) | (xt[:, None] == ExactMask.mask)).all(-1)
-    joint = PRIOR * fits
-    return Table(joint / joint.sum(1, keepdim=True), STATES)
-
-
-def one_hot(x):
-    """A column for every row of tokens that occurs at all (masks count as a token)."""
-    code = ((x + 1) * 5 ** torch.arange(x.shape[1], device=x.device)).sum(1)
-    return torch.nn.functional.one_hot(code, 5 ** x.shape[1]).double()
-
-
-masks = Family(
-    forward=lambda: ExactMask(3),
-    data=lambda n, seed: STATES[torch.multinomial(PRIOR.expand(n, -1), 1, generator=rng(seed))[:, 0]],
-    denoiser=lambda F: fill_in,
-    kernels={"fresh": fresh_noise, "reuse": reuse_noise},
-    features=one_hot,
-    noise_features=one_hot,
-    again=lambda: ExactMask(3),
-)
-
 FAMILIES = {
     "linear, normal": hot(lambda: Schedule.linear(8, 0.05, 0.6), mixture(1, 1, seed=1)),
     "cosine, mixture": hot(lambda: Schedule.cosine(7), mixture(2, 1, seed=2)),
@@ -177,5 +231,15 @@ FAMILIES = {
     "su, mixture in 3-D": hot(lambda: Schedule.su(60), mixture(3, 3, seed=4)),
     "no signal left, images": hot(random_schedule, mixture(2, 1, 2, 2, seed=5)),
     "linear, points": hot(lambda: Schedule.linear(8, 0.05, 0.6), mixture(3, 2, atoms=True, seed=6)),
-    "exact masks": masks,
+    "cold": cold({"fresh": fresh_noise, "reuse": reuse_noise}),
+    "cold, constant noise": cold({"fresh": fresh_noise, "reuse": reuse_noise, "mix.5": MixNoise(0.5)}, scale=0.3),
+    "cold, rising noise": cold({"fresh": fresh_noise, "reuse": reuse_noise, "mix.5": MixNoise(0.5)}, scale=0.5, levels=[0, 0.25, 0.5, 1, 2]),
+    "cold, Laplace noise": cold({"fresh": fresh_noise, "reuse": reuse_noise}, denoiser=False, scale=0.5, law=laplace_like),
+    "encoded": encoded(),
+    "masks": tokens(lambda: Mask(2, Exactly(3)), 2, 3, {"reveal": Reveal(), "surest": Reveal(surest)}),
+    "masks at a rate": tokens(lambda: Mask(3, AtRate.even(4)), 3, 2),
+    "any edits": tokens(lambda: EditAny(2, Exactly(3)), 2, 3),
+    "any edits at a rate": tokens(lambda: EditAny(3, AtRate.even(4)), 3, 2),
+    "different edits": tokens(lambda: EditDifferent(3, Exactly(3)), 3, 3),
+    "different edits at a rate": tokens(lambda: EditDifferent(3, AtRate(torch.tensor([0.0, 0.25, 0.5, 2 / 3]))), 3, 2),
 }

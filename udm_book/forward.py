@@ -20,7 +20,8 @@ class Forward(nn.Module, ABC):
     """A forward process `x_t = F_t(x0, eps)` with `eps ~ q(eps)`, for t = 0..T (statement udm.01).
 
     A family says three things: the map, the law of its noise, and the law of the noise given both ends.
-    Every method takes batches: `x0` and `xt` are `(b, *d)`, `t` holds one integer per row, `(b,)`.
+    Every method takes batches: `x0` and `xt` are `(b, *d)`, `t` holds one integer per row, `(b,)`. (Where an
+    encoder comes first, states have the shape of its codes.)
     """
     T: int
     starts_at_data = True       # F_0 is the identity; False: the reverse process returns x0_hat at s = 0
@@ -30,7 +31,7 @@ class Forward(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],
-                eps: Noise) -> Shaped[Tensor, "b *d"]:
+                eps: Noise) -> Shaped[Tensor, "b *state"]:
         "`F_t(x0, eps)`: pure, no randomness inside."
 
     @abstractmethod
@@ -39,17 +40,17 @@ class Forward(nn.Module, ABC):
         "`eps ~ q(eps)`, shaped for `x0`: the only randomness of the process."
 
     @abstractmethod
-    def infer_noise(self, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
+    def infer_noise(self, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *state"],
                     t: Int[Tensor, " b"], fresh: Noise | None) -> Noise:
         "`eps ~ q(eps | x0, xt)`, made from `fresh ~ q(eps)`; needs t >= 1."
 
     @abstractmethod
     def prior(self, like: Shaped[Tensor, "b *d"], *,
-              generator: torch.Generator | None = None) -> Shaped[Tensor, "b *d"]:
-        "The law to start generation from, drawn in the shape, dtype and device of `like`."
+              generator: torch.Generator | None = None) -> Shaped[Tensor, "b *state"]:
+        "The law to start generation from: a state for each row of `like`, typed and placed as `like`."
 
     def sample(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"], *,
-               generator: torch.Generator | None = None) -> Shaped[Tensor, "b *d"]:
+               generator: torch.Generator | None = None) -> Shaped[Tensor, "b *state"]:
         "`x_t ~ q(x_t | x0)`."
         return self(x0, t, self.sample_noise(x0, generator=generator))
 

@@ -86,7 +86,7 @@ class Hot(Forward):
 class Eta:
     "The share `eta * markov_rho`: 0 is DDIM, 1 is DDPM."
     eta: float
-    def __call__(self, F: Hot, t, s) -> Tensor: return self.eta * markov_rho(F.schedule, t, s)
+    def __call__(self, F: Forward, t, s) -> Tensor: return self.eta * markov_rho(F.schedule, t, s)
 
 def ddim(eta: float = 0.) -> Kernel:
     "DDIM's family of kernels; `eta` in [0, 1] scales the standard deviation of the fresh noise."

@@ -79,13 +79,15 @@ class Laplace(Posterior):
         return per_row((x0 - self.mean).abs() / self.scale + (2 * self.scale).log())
 
 # %% ../nbs/03_posterior.ipynb #exp-inverse-cdf
-def inverse_cdf(p: Float[Tensor, "n V"], u: Float64[Tensor, " n"]) -> Int[Tensor, " n"]:
+def inverse_cdf(p: Float[Tensor, "n V"], u: Float64[Tensor, "n *k"]) -> Int[Tensor, "n *k"]:
     """In each row the first token at which the cumulated `p` exceeds the share `u` of its total.
 
-    With `u` uniform on [0, 1) it is a draw from `p`. The sums run in float64; V where `p` is NaN.
+    With `u` uniform on [0, 1), one or k numbers a row, these are draws from `p`. The sums run in float64; V where `p`
+    is NaN.
     """
     total = p.cumsum(1, dtype=torch.float64)
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    share = u.unsqueeze(-1).flatten(1) * total[:, -1:]
+    return torch.searchsorted(total, share, right=True).view_as(u)
 
 # %% ../nbs/03_posterior.ipynb #exp-categorical
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,8 @@ class Categorical(Posterior):
         "One token for each position, by the inverse of its distribution function; ValueError where a logit is NaN."
         flat, chunk = self.logits.flatten(0, -2), max(1, 2**20 // self.logits.shape[-1])
         u = torch.rand(len(flat), generator=generator, dtype=torch.float64, device=flat.device)
-        x = torch.cat([inverse_cdf(z.softmax(-1), v) for z, v in zip(flat.split(chunk), u.split(chunk))])
+        fine = torch.promote_types(flat.dtype, torch.float32)
+        x = torch.cat([inverse_cdf(z.softmax(-1, dtype=fine), v) for z, v in zip(flat.split(chunk), u.split(chunk))])
         if (x == flat.shape[-1]).any():
             raise ValueError("expected logits that are not NaN, one of them above -inf at each position; "
                              f"got {int((x == flat.shape[-1]).sum())} positions without a law")

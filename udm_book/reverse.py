@@ -31,9 +31,9 @@ class Kernel(ABC):
     draws = True                # uses `fresh` even where the noise of F can be solved for
 
     @abstractmethod
-    def __call__(self, F: Forward, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
+    def __call__(self, F: Forward, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *state"],
                  t: Int[Tensor, " b"], s: Int[Tensor, " b"],
-                 fresh: Noise | None) -> Shaped[Tensor, "b *d"]:
+                 fresh: Noise | None) -> Shaped[Tensor, "b *state"]:
         "`x_s` from the guess `x0`, the present `xt` and `fresh ~ q(eps)`; 0 <= s < t."
 
     def share(self, F: Forward, t, s):
@@ -167,7 +167,7 @@ class Step(NamedTuple):
     xt: Tensor
     x0: Tensor
 
-def reverse(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int],
+def reverse(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *state"], times: Iterable[int],
             transition: Callable, *, generator: torch.Generator | None = None, progress: bool = False,
             **cond) -> Iterator[Step]:
     """Guess the data, step from t to s, repeat: yields a `Step` for each time reached (statement udm.02).
@@ -199,7 +199,7 @@ def _reverse(F, denoiser, x, times, transition, generator, progress, cond):
         yield Step(times[i + 1], x, x0)
 
 # %% ../nbs/04_reverse.ipynb #exp-sample
-def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *d"], times: Iterable[int],
+def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *state"], times: Iterable[int],
            transition: Callable, *, generator: torch.Generator | None = None, progress: bool = False,
            **cond) -> Shaped[Tensor, "b *d"]:
     """The last state of `reverse`, from the same random stream; never writes to `xT`.
