@@ -10,6 +10,8 @@ Each candidate does three things with a network `net(x, t)` that predicts the no
 and, where it has one,
 
     bound(net, steps, like) -> run               `run(x0)` is the negative bound of 8-bit images over that many steps
+    reveal(head, features, vocab) -> run         `run(xt)` is one step of masked text: in each row of xt a hidden position, whose
+                                                 token is `vocab`, is filled by a draw from the logits head(features)
 
 `like` gives the device and the shape of the batches. Libraries are used as their documentation says, with clipping
 switched off where there is a switch.
@@ -33,7 +35,7 @@ class Candidate(ABC):
 
     imports = ""  # the statement whose time is compared with `import torch`
     has_out = False  # the forward process can write into a given tensor
-    has_bound = False
+    has_bound = has_text = False
     solvers = ()
 
     @property
@@ -52,12 +54,15 @@ class Candidate(ABC):
     def bound(self, net: nn.Module, steps: int, like: Tensor) -> Callable:
         raise NotImplementedError
 
+    def reveal(self, head: nn.Module, features: Tensor, vocab: int) -> Callable:
+        raise NotImplementedError
+
 
 class Library(Candidate):
     """This library."""
 
     imports = "import pkgutil, udm_book; [__import__('udm_book.' + m.name) for m in pkgutil.iter_modules(udm_book.__path__)]"
-    has_out = has_bound = True
+    has_out = has_bound = has_text = True
     solvers = ("heun", "2m")
 
     def __init__(self):
@@ -106,11 +111,20 @@ class Library(Candidate):
         denoiser, decoder, times = self.denoiser(net, like), Decoder(Levels(), var=1e-4), self.schedule.times(steps)
         return lambda x0: elbo(self.F, denoiser, x0, times=times, decoder=decoder, chunk=32).total
 
+    def reveal(self, head, features, vocab):
+        from udm_book.mask import Exactly, Mask, Reveal
+        from udm_book.posterior import LazyCategorical
+
+        b, length = features.shape[:2]
+        F, step = Mask(vocab, Exactly(length)).to(features.device), Reveal()
+        t = torch.full((b,), length // 2, device=features.device)
+        return lambda xt: step(F, LazyCategorical(features, head), xt, t, t - 1)
+
 
 class Plain(Candidate):
     """The same by hand: coefficients as Python floats, two or three operators a step, nothing checked, nothing general."""
 
-    has_out = has_bound = True
+    has_out = has_bound = has_text = True
     solvers = ("heun", "2m")
 
     def __init__(self):
@@ -205,6 +219,17 @@ class Plain(Candidate):
             upper = torch.where(x0 > 0.999, 1, torch.erf((x0 - guess + 1 / 255) / scale))
             lower = torch.where(x0 < -0.999, -1, torch.erf((x0 - guess - 1 / 255) / scale))
             return total - ((upper - lower) / 2).clamp_min(1e-12).log().flatten(1).sum(1)
+
+        return run
+
+    def reveal(self, head, features, vocab):
+        rows = torch.arange(len(features), device=features.device)
+
+        def run(xt):
+            place = torch.rand(xt.shape, device=xt.device).masked_fill_(xt != vocab, 2).argmin(1)
+            xt = xt.clone()
+            xt[rows, place] = torch.multinomial(head(features[rows, place]).softmax(-1), 1)[:, 0]
+            return xt
 
         return run
 

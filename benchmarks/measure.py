@@ -10,14 +10,17 @@ the fastest round. On a processor the clock is the processor time of this proces
 all work is done in one thread. On a GPU it is CUDA's events around the work, so launches and waiting count.
 """
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # others' progress bars; read when torch imports tqdm
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what torch's profiler says of itself
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ import candidates
 T = 1000  # length of every schedule
 IMAGES = (16, 3, 32, 32)  # the batch of the timed ratios
 LARGE = (10, 1, 1000, 1000)  # 1e7 numbers
+TEXT, VOCABULARY, WIDTH = 256, 32_000, 256  # tokens of a sentence, of the language; numbers that the head reads
 
 # ---------------------------------------------------------------------------------------------------------------- clocks
 
@@ -128,6 +132,32 @@ def counts(candidate: "candidates.Candidate", device: str = "cpu") -> dict[str, 
                 forward(x, eps, t, out=torch.empty_like(x))
             out["forward out extra"] = len(calls.alive) - 1  # `out` itself was made inside
     return out
+
+
+def peak(f: Callable, device: str) -> int:
+    """Bytes that one call of `f` holds at most beyond what was held before: every allocation counts, inside operators too."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that can be had."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
 
 
 # -------------------------------------------------------------------------------------------------------------- networks
@@ -267,15 +297,48 @@ def destruction(entrants: dict, device: str, rounds: int) -> dict[str, dict[str,
     return out
 
 
+def text(entrants: dict, device: str, rounds: int, rows: int, key: str, give_logits: bool = False) -> dict[str, dict[str, float]]:
+    """A step of masked text that fills one hidden position in each row, half of 256 being hidden, against the head, softmax
+    and multinomial on all positions; and what the step holds in memory at most, as a share of all logits.
+
+    With `give_logits` the head is the identity on logits that lie ready, on both sides.
+    """
+    entrants = {name: c for name, c in entrants.items() if c.has_text}
+    head = nn.Identity() if give_logits else nn.Linear(WIDTH, VOCABULARY).to(device)
+    features = torch.randn(rows, TEXT, VOCABULARY if give_logits else WIDTH, device=device)
+    xt = torch.randint(VOCABULARY, (rows, TEXT), device=device)
+    xt[torch.arange(rows, device=device)[:, None], torch.rand(rows, TEXT, device=device).argsort(1)[:, : TEXT // 2]] = VOCABULARY
+
+    def everything():
+        return torch.multinomial(head(features).softmax(-1).flatten(0, 1), 1).view(rows, TEXT)
+
+    out = {name: {} for name in entrants}
+    with torch.no_grad():
+        runs = {name: lambda run=c.reveal(head, features, VOCABULARY): run(xt) for name, c in entrants.items()}
+        times = race({"": everything} | runs, device, rounds) if runs else {}
+        for name, run in runs.items():
+            filled = ((run() != xt).sum(1) == 1) & (run() < VOCABULARY).sum(1).eq(TEXT // 2 + 1)
+            if not filled.all():
+                raise AssertionError(f"{name} does not fill one position a row")
+            out[name][f"{key} ratio"] = ratio(times[name], times[""])
+            out[name][f"{key} µs"] = min(times[name]) * 1e6
+            out[name][f"{key} memory"] = peak(run, device) / (rows * TEXT * VOCABULARY * 4)
+    return out
+
+
 def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[str, float]]:
     """All figures of all entrants."""
     rounds, out = (3 if quick else 15), {name: counts(c, device) for name, c in entrants.items()}
+    few = max(1, rounds // 3)
     for part in (
         sampling(entrants, device, rounds),
         training(entrants, device, rounds, OneConv, "one convolution", 10),
         training(entrants, device, 3 * rounds, UNet, "U-Net", 1),
         destruction(entrants, device, rounds),
         bounds(entrants, device, rounds),
+        text(entrants, device, few, 4, "text"),
+        text(entrants, device, few, 4, "text, logits given", give_logits=True),
+        text(entrants, device, 1, 64, "text, 64 rows") if not quick and free_memory(device) > 12e9 else {},
     ):
         for name, found in part.items():
             out[name].update(found)

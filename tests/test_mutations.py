@@ -43,6 +43,7 @@ KILLERS = {
     "train": ["test_train", "test_bad_input"],
     "network": ["test_network", "test_bad_input"],
     "samplers": ["test_samplers"],
+    "mask": ["test_mask"],
 }
 
 # ----------------------------------------------------------------------------------------------------------- the classics
@@ -67,7 +68,7 @@ CLASSICS = {
         "reverse", "x0 = posterior.sample(generator=generator)",
         "x0 = posterior.mean"),
     "the mean instead of a sample (collapsed loop)": ("reverse", "cond).sample(generator=generator)", "cond).mean"),
-    "the last step adds noise": ("reverse", "            if times[i + 1] == 0:", "            if False:"),
+    "the last step adds noise": ("reverse", "            if times[i + 1] == 0 and F.ends_with_guess:", "            if False:"),
     "noise kept with 1 - ρ for √(1 - ρ²)": (
         "reverse", "keep, add = (row((1 - rho.square()).sqrt(), xt)",
         "keep, add = (row(1 - rho, xt)"),
@@ -174,6 +175,24 @@ CLASSICS = {
         "samplers", "F.infer_noise(guess, here, s, None)", "F.infer_noise(guess, here, t, None)"),
     "z = 0 one step too early": ("samplers", "row(s > 0, xt)", "row(s > 1, xt)"),
     "a variance without a² for the guess": ("samplers", "c ** 2 + a ** 2 * v[t]", "c ** 2 + v[t]"),
+    "t/l for l/t as the weight of a hole": ("mask", "return 1 - share[s] / share[t]", "return share[t] / self.T"),
+    "every hole counted whole in a term of the bound": (
+        "mask", "return share * each.new_zeros", "return 1 * each.new_zeros"),
+    "visible tokens left out where the guess may replace them": (
+        "mask", "torch.where(hidden, share[:, None] * each, each)", "torch.where(hidden, share[:, None] * each, 0 * each)"),
+    "as many masks left as before the step": ("mask", "return (n - s)", "return (n - t)"),
+    "visible positions among those to fill": (
+        "mask", "self.order(posterior, hidden, generator).masked_fill(~hidden, -math.inf)",
+        "self.order(posterior, hidden, generator)"),
+    "confidence in the drawn token decides": (
+        "mask", "score = self.order(posterior, hidden, generator)",
+        "drawn = posterior.sample(generator=generator); p = posterior.mean; "
+        "posterior = Categorical(nn.functional.one_hot(drawn, F.vocab).log()); "
+        "score = p.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)"),
+    "one hit too many, counted": ("mask", "u.argsort(1).argsort(1) < t", "u.argsort(1).argsort(1) <= t"),
+    "places for ranks": ("mask", "u.argsort(1).argsort(1) < t", "u.argsort(1) < t"),
+    "the number of sets forgotten": ("mask", " - log_choose(torch.full_like(n, l), t)", ""),
+    "numbers of hits spread over the whole interval": ("mask", "return torch.where(must, fresh * r, spare)", "return torch.where(must, fresh, spare)"),
     "the moving average turned around": ("train", "1 - keep)", "keep)"),
 }
 

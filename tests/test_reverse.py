@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import close, full, normal, per_row, rng, run_bound, same_mean, unhooked
-from families import mixture
+from families import Other, mixture
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import runs, seeds
@@ -187,6 +187,66 @@ def test_families_that_do_not_start_at_the_data_end_with_the_guess(kernel):
     assert before.t == 5 and torch.equal(before.x0, 3 * xT) and not torch.equal(before.xt, before.x0)
 
 
+class Grain(Forward):
+    "x_t = (1 - t/4) x0 + eps / 2: the noise of t = 0 stays."
+    T, invertible, normal, starts_at_data = 4, True, True, False
+    def fade(self, x, t): return x * (1 - per_row(t, x) / 4)
+    def forward(self, x0, t, eps): return self.fade(x0, t) + eps / 2
+    def sample_noise(self, x0, *, generator=None): return torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    def infer_noise(self, x0, xt, t, fresh): return 2 * (xt - self.fade(x0, t))
+    def prior(self, like, *, generator=None): return like
+
+
+class EndsAtZero(Grain): ends_with_guess = False
+
+
+GRAIN_KERNELS = {"fresh": fresh_noise, "reuse": reuse_noise, "mix.5": MixNoise(0.5)}
+
+
+@pytest.mark.parametrize("kernel", GRAIN_KERNELS.values(), ids=GRAIN_KERNELS)
+def test_the_last_step_is_a_guess_or_a_step_as_the_family_says(kernel):
+    "Written out: with ends_with_guess = False the kernel is taken to s = 0 too, with noise of its own."
+    xT = normal(3, 2, device="cpu")
+    def D(x, t): return Gaussian(net(x, t), torch.tensor(0.2, dtype=x.dtype))
+    for F in Grain(), EndsAtZero():
+        g, x = rng(5, "cpu"), xT
+        *_, last = reverse(F, D, xT, [4, 1, 0], kernel, generator=rng(5, "cpu"))
+        for t, s in (4, 1), (1, 0):
+            x0, guess_only = D(x, full(x, t)).sample(generator=g), s == 0 and F.ends_with_guess
+            fresh = F.sample_noise(x0, generator=g) if kernel is not reuse_noise and not guess_only else None
+            x = x0 if guess_only else kernel(F, x0, x, full(x, t), full(x, s), fresh)
+        assert last.t == 0 and torch.equal(last.x0, x0) and torch.equal(last.xt, x)
+        assert torch.equal(last.xt, last.x0) == F.ends_with_guess
+        assert torch.equal(sample(F, D, xT, [4, 1, 0], kernel, generator=rng(5, "cpu")), x)
+
+
+def test_a_transition_takes_the_last_step_too_where_the_family_says():
+    def transition(F, posterior, xt, t, s, *, generator): return xt + 1
+    xT = normal(3, 2, device="cpu")
+    for F, want in (Grain(), 2 * (xT + 1)), (EndsAtZero(), xT + 2):
+        *_, last = reverse(F, lambda x, t: Dirac(2 * x), xT, [4, 1, 0], transition)
+        assert torch.equal(last.xt, want) and torch.equal(last.x0, 2 * (xT + 1))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_both_loops_end_alike(ends):
+    class Ending(Hot): ends_with_guess = ends
+    F, xT, a, b = Ending(SCHEDULE), normal(2, 3, device="cpu"), rng(1, "cpu"), rng(1, "cpu")
+    D = Denoiser(net, SCHEDULE, V)
+    *_, last = reverse(F, D, xT, [10, 4, 0], ddpm, generator=a)
+    close(sample(F, D, xT, [10, 4, 0], ddpm, generator=b), last.xt, 20)
+    assert torch.equal(a.get_state(), b.get_state())
+
+
+def test_only_noise_that_says_it_is_normal_is_mixed():
+    F, x, t = Hot(SCHEDULE), torch.zeros(2, 3), torch.tensor([4, 4])
+    assert F.normal and not Other().normal and Other().ends_with_guess and Other().starts_at_data and not Other().invertible
+    assert torch.isfinite(MixNoise(0.5)(F, x, x, t, t - 1, x)).all()
+    for rho in 0.0, 0.5, lambda F, t, s: 0.5:
+        with pytest.raises(TypeError, match="expected a family with normal noise to mix; got Other"):
+            MixNoise(rho)(Other(), x, x, t, t - 1, x)
+
+
 def test_times_may_be_any_iterable_of_integers():
     import numpy as np
     F, D, xT = Hot(SCHEDULE), Denoiser(net, SCHEDULE, V), normal(2, 1, device="cpu")
@@ -225,7 +285,11 @@ def test_progress_is_off_unless_asked_and_rows_may_be_numbers():
 def test_clock_has_a_row_for_each_time():
     a, b = clock([7, 0], torch.zeros(3, 2))
     assert a.tolist() == [7, 7, 7] and b.tolist() == [0, 0, 0] and a.dtype == torch.int64
-    assert Step(1, a, b)._fields == ("t", "xt", "x0")
+
+
+def test_steps_show_the_draw_or_the_mean_of_the_law():
+    a, b = normal(3, 2, device="cpu"), normal(3, 2, seed=1, device="cpu")
+    assert Step(1, a, b).x0 is b and Step(1, a, Dirac(b)).x0 is b
 
 
 # --------------------------------------------------------------------------------------------------- what exactness costs

@@ -6,10 +6,10 @@
 __all__ = ['Cold', 'Restorer']
 
 # %% ../nbs/21_cold.ipynb #exp-imports
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .degradations import Degradation
@@ -28,11 +28,12 @@ class Cold(Forward):
     """
     invertible = True
 
-    def __init__(self, D: Degradation, scale: float = 0., levels: Float[Tensor, " steps"] | None = None,
-                 law: Callable = normal_like):
+    def __init__(self, D: Degradation, scale: float = 0.,
+                 levels: Sequence[float] | Float[Tensor, " steps"] | None = None, law: Callable = normal_like):
         super().__init__()
-        levels = torch.ones(D.T + 1, dtype=torch.float64) if levels is None else torch.as_tensor(levels)
-        if levels.shape != (D.T + 1,) or not ((levels[1:] > 0).all() and levels[0] >= 0 and levels.isfinite().all()):
+        levels = torch.ones(D.T + 1) if levels is None else torch.as_tensor(levels, dtype=torch.float64)
+        sound = levels.shape == (D.T + 1,) and levels[0] >= 0 and (levels[1:] > 0).all() and levels.isfinite().all()
+        if not sound:
             raise ValueError(f"expected {D.T + 1} levels > 0, the first >= 0; got {levels.flatten()[:6].tolist()}")
         if not 0 <= scale < float("inf"): raise ValueError(f"expected a finite scale >= 0; got {scale}")
         self.D, self.scale, self.law, self.table = D, scale, law, Tables(levels=levels)
@@ -55,7 +56,7 @@ class Cold(Forward):
 
     def infer_noise(self, x0: Float[Tensor, "b *d"], xt: Float[Tensor, "b *d"], t: Int[Tensor, " b"],
                     fresh: Tensor | None = None) -> Float[Tensor, "b *d"]:
-        "`(xt - D_t(x0)) / r_t` (statement udm.cold-invert)."
+        "`(xt - D_t(x0)) / r_t`, for t >= 1 (statement udm.cold-invert)."
         check_rows(t, x0=x0, xt=xt)
         return (xt - self.D(x0, t)) / self.table.at(t, x0)[0]
 
@@ -68,9 +69,10 @@ class Cold(Forward):
 class Restorer(nn.Module):
     """A network that guesses `x0` from `(xt, t)`, with the law `law(guess)` around it.
 
-    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` for the L1 objective.
+    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` with a tensor for the
+    L1 objective (statement udm.14).
     """
-    def __init__(self, net: nn.Module, law: Callable[[Tensor], Posterior] = Dirac):
+    def __init__(self, net: Callable, law: Callable[[Tensor], Posterior] = Dirac):
         super().__init__()
         self.net, self.law = net, law
 

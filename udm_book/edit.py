@@ -19,7 +19,7 @@ from torch import Tensor
 from .elbo import prior_kl, step_kl
 from .forward import Noise, check_rows
 from .mask import AtRate, Exactly, Tokens
-from .posterior import Categorical, Dirac, LazyCategorical, Posterior, inverse_cdf
+from .posterior import Categorical, LazyCategorical, Posterior, inverse_cdf
 from .reverse import Wrapper, reuse_noise
 
 # %% ../nbs/31_edit.ipynb #exp-edit
@@ -89,6 +89,13 @@ class EditDifferent(Edit):
     def prior(self, like: Int[Tensor, "b l"], *, generator=None) -> Int[Tensor, "b l"]:
         "`q(x_T)` for the sentences `like`, which must be data: a hit everywhere rules the true token out."
         return self.sample(like, torch.full((len(like),), self.T, device=like.device), generator=generator)
+
+# %% ../nbs/31_edit.ipynb #exp-prior
+@prior_kl.register(Edit)
+def _(F, x0):
+    same = 1 - F.hits.table.share[-1] * (1 - F.odds)        # the chance that a token is still the true one
+    each = math.log(F.vocab) + torch.xlogy(same, same) + torch.xlogy(1 - same, (1 - same) / (F.vocab - 1))
+    return (x0.shape[1] * each).expand(len(x0))
 
 # %% ../nbs/31_edit.ipynb #exp-parts
 def laws(posterior: Posterior) -> Float[Tensor, "b l V"]:
@@ -184,14 +191,15 @@ class Differing(Posterior):
 
 # %% ../nbs/31_edit.ipynb #exp-must-differ
 class MustDiffer(Wrapper):
-    "The guess of another denoiser, given exactly t differences from `xt`; its best such guess if `best`."
+    "The guess of another denoiser, given exactly t differences from `xt`; all on the best such sentence if `best`."
     def __init__(self, denoiser: Callable, best: bool = False):
         super().__init__(denoiser)
         self.best = best
 
-    def forward(self, xt: Int[Tensor, "b l"], t: Int[Tensor, " b"], **cond) -> Differing | Dirac:
+    def forward(self, xt: Int[Tensor, "b l"], t: Int[Tensor, " b"], **cond) -> Differing | Categorical:
         guess = Differing(laws(self.denoiser(xt, t, **cond)), xt, t)
-        return Dirac(guess.mode) if self.best else guess
+        if not self.best: return guess
+        return Categorical(torch.full_like(guess.logits, -math.inf).scatter(-1, guess.mode.unsqueeze(-1), 0.))
 
 # %% ../nbs/31_edit.ipynb #exp-restore
 def check_single(F: Edit, t: Int[Tensor, " b"], s: Int[Tensor, " b"]):
@@ -220,13 +228,7 @@ def restore(F: Edit, posterior: Categorical | LazyCategorical, xt: Int[Tensor, "
     where = torch.arange(xt.shape[1], device=xt.device) == i[:, None]
     return xt.masked_scatter(where, Categorical(others).at(where).sample(generator=generator))
 
-# %% ../nbs/31_edit.ipynb #exp-bound
-@prior_kl.register(Edit)
-def _(F, x0):
-    same = 1 - F.hits.table.share[-1] * (1 - F.odds)        # the chance that a token is still the true one
-    each = math.log(F.vocab) + torch.xlogy(same, same) + torch.xlogy(1 - same, (1 - same) / (F.vocab - 1))
-    return (x0.shape[1] * each).expand(len(x0))
-
+# %% ../nbs/31_edit.ipynb #exp-step
 @step_kl.register(Edit)
 def _(F, posterior, x0, xt, t, s, kernel):
     logits, differ = laws(posterior), F.seen(x0, xt)
@@ -239,8 +241,9 @@ def _(F, posterior, x0, xt, t, s, kernel):
         raise TypeError("expected kernel=restore, or reuse_noise with AtRate, for edits; "
                         f"got {kernel!r} with {type(F.hits).__name__}")
     check_single(F, t, s)
-    Z, idle = change.double().exp().sum(1), 1 - differ.sum(1) / t.double()
-    rest = F.rest(Z, t)
+    Z = change.double().exp().sum(1)
+    rest, t = F.rest(Z, t), t.double()
+    idle = 1 - differ.sum(1) / t
     total = (Z + rest).log()
     moved = torch.where(differ, cost, 0.).sum(1) / t + (1 - idle) * (total - t.log())
     stayed = idle * (idle.log() + total - torch.where(idle > 0, rest, 1.).log())

@@ -75,7 +75,7 @@ def reverse_law(F: Forward, kernel: Kernel, posterior: Dirac | Gaussian, xt: Flo
 # %% ../nbs/12_elbo.ipynb #exp-step-kl
 @singledispatch
 def step_kl(F: Forward, posterior: Posterior, x0: Shaped[Tensor, "b *d"],
-            xt: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"], s: Int[Tensor, " b"],
+            xt: Shaped[Tensor, "b *state"], t: Int[Tensor, " b"], s: Int[Tensor, " b"],
             kernel: Callable) -> Float[Tensor, " b"]:
     "`KL(q(x_s|x_t,x0) ‖ p(x_s|x_t))` of each row, s >= 1; families register theirs (aai.terms)."
     raise TypeError(f"expected a family with a registered step_kl; got {type(F).__name__}")
@@ -124,7 +124,7 @@ def fold(F: Forward, x0: Shaped[Tensor, "b *d"], times: list[int], chunk: int,
 
 # %% ../nbs/12_elbo.ipynb #exp-elbo
 @singledispatch
-def data_nll(F: Forward, posterior: Posterior, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *d"],
+def data_nll(F: Forward, posterior: Posterior, x0: Shaped[Tensor, "b *d"], xt: Shaped[Tensor, "b *state"],
              t: Int[Tensor, " b"], kernel: Callable) -> Float[Tensor, " b"]:
     "`L_0 = -log p(x0 | x_t)` of the last step, t to 0; families whose last step is not a guess register theirs."
     return density(posterior).nll(x0)

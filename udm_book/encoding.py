@@ -8,14 +8,13 @@ __all__ = ['Encoded', 'Spread', 'push', 'Embedding', 'MeanCode', 'code_kl', 'enc
 # %% ../nbs/41_encoding.ipynb #exp-imports
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .elbo import bridge, data_nll, prior_kl, step_kl
-from .forward import Forward, normal_like
+from .forward import Forward, normal_like, row
 from .hot import Hot, ddpm
 from .posterior import Dirac, Gaussian, Posterior, per_row
 from .reverse import Kernel, ask
@@ -25,8 +24,8 @@ from .schedule import Schedule
 class Encoded(Forward):
     """Gaussian destruction of a code, `x_t = alpha_t phi(x0) + sigma_t eps` (statement udm.17).
 
-    `encoder`, trainable or not, maps data `(b, *d)` of any kind to codes `(b, *code)` of real numbers; `codes` is the
-    process of the codes alone. At t = 0 the state is the code: the reverse process returns its guess there.
+    `encoder`, trainable or not, maps data `(b, *d)` of any kind to codes `(b, *code)` of real numbers;
+    `codes` is the process of the codes alone. At t = 0 the state is the code: reverse returns its guess.
     """
     invertible = normal = True
     starts_at_data = False
@@ -44,7 +43,8 @@ class Encoded(Forward):
         "`phi(x0)`. Raises ValueError where the encoder returns another shape than `code` promises."
         z = self.encoder(x0)
         if z.shape != (len(x0), *self.code):
-            raise ValueError(f"expected codes of shape {(len(x0), *self.code)} from the encoder; got {tuple(z.shape)}")
+            raise ValueError(f"expected codes of shape {(len(x0), *self.code)} from the encoder; "
+                             f"got {tuple(z.shape)}")
         return z
 
     def forward(self, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"],
@@ -53,11 +53,10 @@ class Encoded(Forward):
 
     def sample_noise(self, x0: Shaped[Tensor, "b *d"], *,
                      generator: torch.Generator | None = None) -> Float[Tensor, "b *code"]:
-        "`eps ~ N(0, I)`, shaped as the codes of `x0`, in the dtype of the encoder (without one: of the data)."
-        weights = chain(self.encoder.parameters(), self.encoder.buffers())
-        found = (v.dtype for v in (*weights, x0) if v.is_floating_point())
-        empty = torch.empty(len(x0), *self.code, dtype=next(found, torch.get_default_dtype()), device=x0.device)
-        return normal_like(empty, generator)
+        "`eps ~ N(0, I)` in the shape of the codes and the dtype of the encoder, or else of the data."
+        known = *self.encoder.parameters(), *self.encoder.buffers(), x0
+        dtype = next((v.dtype for v in known if v.is_floating_point()), torch.get_default_dtype())
+        return normal_like(torch.empty(len(x0), *self.code, dtype=dtype, device=x0.device), generator)
 
     def infer_noise(self, x0: Shaped[Tensor, "b *d"], xt: Float[Tensor, "b *code"], t: Int[Tensor, " b"],
                     fresh: Tensor | None = None) -> Float[Tensor, "b *code"]:
@@ -69,6 +68,10 @@ class Encoded(Forward):
         "`N(0, I)`, a code for each row of `like`: near the law of x_T as long as the codes stay small."
         return self.sample_noise(like, generator=generator)
 
+# %% ../nbs/41_encoding.ipynb #exp-prior-kl
+@prior_kl.register(Encoded)
+def _(F, x0): return prior_kl(F.codes, F.encode(x0))
+
 # %% ../nbs/41_encoding.ipynb #exp-push
 @dataclass(frozen=True, eq=False)
 class Spread:
@@ -79,7 +82,7 @@ class Spread:
 def push(encoder: nn.Module, posterior: Posterior) -> Dirac | Gaussian | Spread:
     """The law of `phi(x0)` where x0 has the law `posterior`.
 
-    A point goes to its code. Other laws need an encoder with a method `push(posterior)`; TypeError without one.
+    A point goes to its code. Other laws need an encoder with a method `push(posterior)`; else TypeError.
     """
     if isinstance(posterior, Dirac): return Dirac(encoder(posterior.mean))
     if not hasattr(encoder, "push"):
@@ -107,8 +110,9 @@ class MeanCode:
             raise TypeError(f"expected a kernel, e.g. ddpm; got {type(kernel).__name__}")
         self.kernel = kernel
 
-    def __call__(self, F: Encoded, posterior: Posterior, xt: Float[Tensor, "b *code"], t: Int[Tensor, " b"],
-                 s: Int[Tensor, " b"], *, generator: torch.Generator | None = None) -> Float[Tensor, "b *code"]:
+    def __call__(self, F: Encoded, posterior: Posterior, xt: Float[Tensor, "b *code"],
+                 t: Int[Tensor, " b"], s: Int[Tensor, " b"], *,
+                 generator: torch.Generator | None = None) -> Float[Tensor, "b *code"]:
         fresh = normal_like(xt, generator) if self.kernel.draws else None
         return self.kernel(F.codes, push(F.encoder, posterior).mean, xt, t, s, fresh)
 
@@ -117,36 +121,36 @@ def code_kl(F: Encoded, posterior: Posterior, z: Float[Tensor, "b *code"], xt: F
             t: Int[Tensor, " b"], s: Int[Tensor, " b"], kernel: Kernel | MeanCode) -> Float[Tensor, " b"]:
     """What one step costs a datum of code `z`, `KL(q(x_s|x_t,z) ‖ p(x_s|x_t))` or a bound on it, s >= 1.
 
-    Exact for a point, for a normal law of codes and for `MeanCode`. A `Spread` is charged the mean over its draws,
-    `a²/(2c²) E|z - phi(x0_hat)|²`, which is more by convexity. ValueError where the kernel adds no noise.
+    Exact for a point, for a normal law of codes and for `MeanCode`. A `Spread` is charged the average over
+    draws, `a²/(2c²) E|z - phi(x0_hat)|²`, which is more (convexity). ValueError where a kernel adds no noise.
     """
     law = push(F.encoder, posterior)
     if isinstance(kernel, MeanCode): law, kernel = Dirac(law.mean), kernel.kernel
     a, _, c = bridge(F.codes, kernel, t, s)
-    if (c == 0).any(): raise ValueError(f"expected a kernel that adds noise; got none from {kernel!r}")
-    extra = (a / c).square() / 2 * law.var if isinstance(law, Spread) else 0
-    law = Dirac(law.mean) if isinstance(law, Spread) else law
-    return step_kl(F.codes, law, z, xt, t, s, kernel) + extra
-
-@prior_kl.register(Encoded)
-def _(F, x0): return prior_kl(F.codes, F.encode(x0))
+    if not (c > 0).all():
+        raise ValueError(f"expected a kernel that adds noise; got {kernel!r}, which adds none")
+    if not isinstance(law, Spread): return step_kl(F.codes, law, z, xt, t, s, kernel)
+    charge = row((a / c).square() / 2, law.var) * law.var
+    return step_kl(F.codes, Dirac(law.mean), z, xt, t, s, kernel) + charge
 
 @step_kl.register(Encoded)
 def _(F, posterior, x0, xt, t, s, kernel): return code_kl(F, posterior, F.encode(x0), xt, t, s, kernel)
 
 # %% ../nbs/41_encoding.ipynb #exp-loss
-def encoding_loss(F: Encoded, denoiser: Callable, x0: Shaped[Tensor, "b *d"], t: Int[Tensor, " b"] | None = None, *,
-                  kernel: Kernel | MeanCode = ddpm, decoder: Callable[[Posterior], Posterior] | None = None,
+def encoding_loss(F: Encoded, denoiser: Callable, x0: Shaped[Tensor, "b *d"],
+                  t: Int[Tensor, " b"] | None = None, *, kernel: Kernel | MeanCode = ddpm,
+                  decoder: Callable[[Posterior], Posterior] | None = None,
                   generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
-    """The prior term, the data term, and T - 1 times one of the steps: on average the bound (book.encode-elbo).
+    """The prior term, the data term, and T - 1 times one of the steps: on average `elbo` (book.encode-elbo).
 
-    `t` is drawn uniformly from 2..T where it is not given. `decoder` is that of `elbo`. Gradients reach the encoder.
+    `t` is drawn uniformly from 2..T where it is not given. `decoder` is that of `elbo`. The gradient reaches
+    the encoder, which is called once.
     """
+    z = F.encode(x0)
     def look(t):
         xt = F.codes.sample(z, t, generator=generator)
         return xt, ask(denoiser, xt, t, t - 1, cond)
 
-    z = F.encode(x0)
     one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
     x1, last = look(one)
     data = decoder(last).nll(x0) if decoder else data_nll(F, last, x0, x1, one, kernel)

@@ -121,18 +121,13 @@ class Transformer(nn.Module):
 class TokenDenoiser(nn.Module):
     """A denoiser of tokens 0..vocab-1: one linear map turns the features of `body` into logits, where they are asked for.
 
-    All logits start at 0. With `tied`, an embedding of tokens, its first `vocab` rows are the map.
+    The map starts at zero, so that its bias is the first answer to everything.
     """
-    def __init__(self, body: nn.Module, width: int, vocab: int, tied: nn.Embedding | None = None):
+    def __init__(self, body: nn.Module, width: int, vocab: int):
         super().__init__()
-        self.body, self.vocab, self.tied = body, vocab, tied
-        self.bias = nn.Parameter(torch.zeros(vocab))
-        self.weight = nn.Parameter(torch.zeros(vocab, width)) if tied is None else None
-
-    def head(self, features: Float[Tensor, "*n width"]) -> Float[Tensor, "*n vocab"]:
-        "The logits."
-        weight = self.weight if self.tied is None else self.tied.weight[:self.vocab]
-        return fn.linear(features, weight, self.bias)
+        self.body, self.head = body, nn.Linear(width, vocab)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, xt: Int[Tensor, "b l"], t: Int[Tensor, " b"]) -> LazyCategorical:
         "`p(x0 | xt)` with independent tokens."

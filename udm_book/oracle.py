@@ -27,7 +27,7 @@ def back(basis: Float[Tensor, "K d d"], z: Float[Tensor, "b K d"]) -> Float[Tens
     "From coordinates along the axes of each component, `U z`."
     return torch.einsum("kij,bkj->bki", basis, z)
 
-def component_log_prob(z: Float[Tensor, "b K d"], var: Float[Tensor, "b K d"]) -> Float[Tensor, "b K"]:
+def component_log_prob(z: Float[Tensor, "*b d"], var: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
     "Log density of each component at coordinates `z` along its axes; needs var > 0."
     return -(z.square() / var + (2 * math.pi * var).log()).sum(-1) / 2
 
@@ -179,7 +179,7 @@ class LinearOracle(nn.Module):
     `mean` has the shape of a datum, `cov` is `(n, n)` with n its size; `maps` `(T+1, m, n)` are the A_t, `noise` the
     T+1 numbers r_t >= 0. `x0` given `x_t` has mean `mean + K (x_t - A mean)` and covariance `cov - K A cov` with
     `K = cov Aᵀ (A cov Aᵀ + r² I)⁺`. Directions of x_t with less than `rtol` of the largest variance count as
-    not observed. Raises ValueError where sizes do not fit or a level is negative.
+    not observed; variances within rounding of 0 are 0. Raises ValueError where sizes do not fit or a level is negative.
     """
     def __init__(self, mean: Float[Tensor, "*d"], cov: Float[Tensor, "n n"], maps: Float[Tensor, "steps m n"],
                  noise: Float[Tensor, " steps"], rtol: float = 1e-10):
@@ -192,7 +192,8 @@ class LinearOracle(nn.Module):
         gain = cov @ maps.mT @ torch.linalg.pinv(seen, rtol=rtol, hermitian=True)
         rest = cov - gain @ maps @ cov
         var, basis = torch.linalg.eigh((rest + rest.mT) / 2)
-        parts = dict(centre=mean, gain=gain, shift=(maps @ mean.flatten()), var=var.clamp_min(0), basis=basis)
+        known = var < 16 * torch.finfo(cov.dtype).eps * cov.trace()         # what rounding leaves of a variance 0
+        parts = dict(centre=mean, gain=gain, shift=maps @ mean.flatten(), var=var.masked_fill(known, 0.), basis=basis)
         for name, value in parts.items(): self.register_buffer(name, value)
 
     def forward(self, xt: Float[Tensor, "b *m"], t: Int[Tensor, " b"]) -> Normal:

@@ -162,10 +162,15 @@ def bar(steps: Iterable, total: int, show: bool) -> Iterable:
 
 # %% ../nbs/04_reverse.ipynb #exp-reverse
 class Step(NamedTuple):
-    "One step of a run: the time reached, the state there, and the guess that led to it."
+    "One step of a run: the time reached, the state there, and the guess that led to it, a draw or a law."
     t: int
     xt: Tensor
-    x0: Tensor
+    guess: Tensor | Posterior
+
+    @property
+    def x0(self) -> Tensor:
+        "The guess: the draw that a kernel used; else the mean of the law, computed when asked for."
+        return self.guess.mean if isinstance(self.guess, Posterior) else self.guess
 
 def reverse(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *state"], times: Iterable[int],
             transition: Callable, *, generator: torch.Generator | None = None, progress: bool = False,
@@ -189,14 +194,14 @@ def _reverse(F, denoiser, x, times, transition, generator, progress, cond):
         posterior = ask(denoiser, x, t, s, cond)
         last = times[i + 1] == 0 and F.ends_with_guess
         if isinstance(transition, Kernel) or last and not F.starts_at_data:
-            x0 = posterior.sample(generator=generator)
+            guess = x0 = posterior.sample(generator=generator)
             if last: x = x0
             else:
                 draws = transition.draws or not F.invertible
                 fresh = F.sample_noise(x0, generator=generator) if draws else None
                 x = transition(F, x0, x, t, s, fresh)
-        else: x0, x = posterior.mean, transition(F, posterior, x, t, s, generator=generator)
-        yield Step(times[i + 1], x, x0)
+        else: guess, x = posterior, transition(F, posterior, x, t, s, generator=generator)
+        yield Step(times[i + 1], x, guess)
 
 # %% ../nbs/04_reverse.ipynb #exp-sample
 def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *state"], times: Iterable[int],
@@ -218,7 +223,7 @@ def sample(F: Forward, denoiser: Callable, xT: Shaped[Tensor, "b *state"], times
         x0 = ask(denoiser, x, grid[i], grid[i + 1], cond).sample(generator=generator)
         if x0.shape != x.shape:
             raise ValueError(f"expected guesses shaped as the state, {tuple(x.shape)}; got {tuple(x0.shape)}")
-        if times[i + 1] == 0:
+        if times[i + 1] == 0 and F.ends_with_guess:
             x = x0
             continue                    # not `return`: the progress bar comes to its end
         if reuse and spare is None: spare = torch.empty_like(x)
