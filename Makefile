@@ -9,7 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXECUTE := $(BIN)/python tools/execute.py
+EXECUTE := env -u UDM_TEXT $(BIN)/python tools/execute.py
+UDM_MINUTES ?= 30
+UDM_MIN_COUNT ?= 3
 export PYTHONPATH :=
 
 # What the environment is made from: the pins and the dependency part of pyproject.toml. Not the file's date: every
@@ -17,7 +19,7 @@ export PYTHONPATH :=
 DIGEST = { cat constraints.txt; sed -n '/^\[build-system\]/,/^$$/p; /^dependencies/,/^\[tool.pytest/p' pyproject.toml; } \
          | sha256sum | cut -c1-16
 
-.PHONY: help setup peers book export run render test test-all bench lab check clean
+.PHONY: help setup peers book export run render test test-all bench text lab check clean
 
 help:  ## this list
 	@echo "Usage: make TARGET"
@@ -87,6 +89,18 @@ test-all: peers  ## the same with slow cells and slow tests, and beside another 
 
 bench: setup  ## the library beside its peers: one table of ratios
 	@$(BIN)/python benchmarks/run.py
+
+text:  ## train on your own lines: UDM_TEXT=file UDM_MINUTES=30 UDM_ROW=characters-in-a-row
+	@if [ -z "$${UDM_TEXT:-}" ]; then
+	  echo "make text UDM_TEXT=FILE trains a mask and an edit model on the lines of FILE (UTF-8, all of one length),"
+	  echo "prints bits per character on held-out lines and new texts, and stores a report for the chapter on text."
+	  echo "  UDM_MINUTES=30     minutes of training; measuring takes some more"
+	  echo "  UDM_ROW=5          characters in a row of the shown texts (default: all in one)"
+	  echo "  UDM_MIN_COUNT=3    rarer characters are unknown ones"
+	  exit 2
+	fi
+	$(MAKE) setup
+	$(BIN)/python tools/text.py "$$UDM_TEXT" --minutes $(UDM_MINUTES) --min-count $(UDM_MIN_COUNT) $${UDM_ROW:+--row $$UDM_ROW}
 
 lab: setup  ## the notebooks in Jupyter Lab
 	@$(BIN)/jupyter lab nbs

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refuses, unhooked
+from families import Other
 
 from udm_book.data import check_data, digits, energy_distance, nearest_distance
 from udm_book.hot import Hot, ddim, ddpm
@@ -108,6 +109,7 @@ CASES = {
     "rho below 0": (V, lambda: MixNoise(-0.1), r"rho of fresh noise in \[0, 1\]", "-0.1"),
     "rho NaN": (V, lambda: MixNoise(nan), r"in \[0, 1\]", "nan"),
     "rho of time above 1": (V, lambda: run(kernel=MixNoise(lambda F, t, s: t)), r"rho of fresh noise in \[0, 1\]", "from t = 10"),
+    "noise that is not normal": (T, lambda: MixNoise(0.5)(Other(), x, x, t, t - 1, x), "family with normal noise to mix", "Other"),
     "eta above 1": (V, lambda: ddim(1.5), r"eta in \[0, 1\]", "1.5"),
     "eta below 0": (V, lambda: ddim(-1), r"eta in \[0, 1\]", "-1"),
     "eta NaN": (V, lambda: ddim(nan), r"eta in \[0, 1\]", "nan"),

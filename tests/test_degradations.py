@@ -345,6 +345,21 @@ def test_ranks():
     assert rank(Blur(6, [0, inf]), (3, 6, 6), 1) == 3
 
 
+def test_a_rank_is_relative_to_the_largest_singular_value():
+    "Beside 10^8 one cannot see 10^-9."
+    scales = torch.tensor([1e8, 1.0, 1e-9], dtype=torch.float64)
+    def scaled(x, t): return torch.where(t.view(-1, 1) == 0, x, x * scales)
+    assert rank(Custom(scaled, 1, True), (3,), 1) == 2
+    assert rank(Custom(scaled, 1, True), (3,), 0) == 3
+
+
+def test_a_degradation_is_not_linear_unless_it_says_so():
+    class Square(Degradation):
+        T = 1
+        def forward(self, x0, t): return torch.where(t.view(-1, 1) == 0, x0, x0**2)
+    with pytest.raises(ValueError, match="a linear degradation; got Square"): matrix(Square(), (3,), 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1.0, 2.0, 2.5, 3.0, 4.0])
 def test_the_rank_of_a_blur_is_what_rounding_leaves(width, dtype):

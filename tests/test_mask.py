@@ -72,7 +72,7 @@ def test_times_and_shares():
     assert (Exactly(1).T, Exactly(4).T, AtRate.even(1).T, AtRate.even(5).T, COUNT.T) == (1, 4, 1, 5, 3)
     assert Exactly(4).left(torch.tensor([4, 3, 2]), torch.tensor([1, 0, 1])).tolist() == [0.75, 1.0, 0.5]
     assert RATE.hits.left(times(1, 2), times(1, 1)).item() == pytest.approx(1 - 0.3 / 0.7)
-    assert AtRate.even(4).table.share.dtype == torch.float64
+    assert AtRate.even(4).table.share.dtype == torch.float64 and Exactly(4).table.share.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert AtRate([0.0, 0.5, 1.0]).T == 2 and AtRate.even(4).table.share.tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
@@ -122,6 +122,14 @@ def test_the_numbers_inferred_in_the_rate_form_have_their_law(odds):
         if len(part):
             even = low + (torch.arange(len(part)).double() + 0.5) / len(part) * (high - low)
             assert (part.sort().values - even).abs().max() < 2 / len(part) and part.max() < high
+
+
+def test_masks_at_a_rate_show_every_hit():
+    "Holes lie below r, visible tokens above, each spread evenly, also where the fresh number is 0."
+    fresh = torch.tensor([[0.0, 0.0, 0.25], [0.5, 0.75, 0.5]], device=DEVICE).double()
+    u = RATE.infer_noise(rows((0, 1, 1), 2), rows((2, 1, 2), 2), times(2, 1), fresh)
+    want = torch.stack([0.3 * fresh[:, 0], 0.3 + 0.7 * fresh[:, 1], 0.3 * fresh[:, 2]], 1)
+    assert (u - want).abs().max() < 1e-15 and torch.equal(RATE(rows((0, 1, 1), 2), times(2, 1), u), rows((2, 1, 2), 2))
 
 
 def test_rate_one_hits_all_and_explains_any():
@@ -430,6 +438,7 @@ def even(xt, t): return Categorical(torch.zeros(*xt.shape, 2))
 CASES = {
     "no position": (V, lambda: Exactly(0), "length of at least 1", "0"),
     "a rate above 1": (V, lambda: AtRate(torch.tensor([0.0, 1.5])), "rise from 0 to at most 1", "1.5"),
+    "a last rate above 1": (V, lambda: AtRate(torch.tensor([0.0, 0.5, 1.5])), "rise from 0 to at most 1", "1.5"),
     "a rate at time 0": (V, lambda: AtRate(torch.tensor([0.1, 0.5])), "rise from 0", "0.1"),
     "a rate that stays": (V, lambda: AtRate(torch.tensor([0.0, 0.5, 0.5])), "rise from 0", "0.5, 0.5"),
     "a rate NaN": (V, lambda: AtRate(torch.tensor([0.0, math.nan])), "rise from 0", "nan"),

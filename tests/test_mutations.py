@@ -27,7 +27,7 @@ LIBRARY = ROOT / "udm_book"
 # What runs against a mutant of a module: its own test file first, then those that rest on it.
 KILLERS = {
     "forward": ["test_forward", "test_bad_input", "test_hot"],
-    "posterior": ["test_posterior", "test_objective"],
+    "posterior": ["test_posterior", "test_objective", "test_speed"],
     "reverse": ["test_reverse", "test_bad_input", "test_hot", "test_speed"],
     "objective": ["test_objective", "test_bad_input"],
     "schedule": ["test_schedule", "test_bad_input"],
@@ -43,7 +43,12 @@ KILLERS = {
     "train": ["test_train", "test_bad_input"],
     "network": ["test_network", "test_bad_input"],
     "samplers": ["test_samplers"],
-    "mask": ["test_mask"],
+    "degradations": ["test_degradations"],
+    "cold": ["test_cold"],
+    "mask": ["test_mask", "test_edit"],
+    "edit": ["test_edit"],
+    "encoding": ["test_encoding"],
+    "text": ["test_text"],
 }
 
 # ----------------------------------------------------------------------------------------------------------- the classics
@@ -68,7 +73,7 @@ CLASSICS = {
         "reverse", "x0 = posterior.sample(generator=generator)",
         "x0 = posterior.mean"),
     "the mean instead of a sample (collapsed loop)": ("reverse", "cond).sample(generator=generator)", "cond).mean"),
-    "the last step adds noise": ("reverse", "            if times[i + 1] == 0 and F.ends_with_guess:", "            if False:"),
+    "the last step adds noise": ("reverse", "if times[i + 1] == 0 and F.ends_with_guess:", "if False:"),
     "noise kept with 1 - ρ for √(1 - ρ²)": (
         "reverse", "keep, add = (row((1 - rho.square()).sqrt(), xt)",
         "keep, add = (row(1 - rho, xt)"),
@@ -98,10 +103,35 @@ CLASSICS = {
     "a new noise for the target": (
         "objective", "denoiser.target(x0, eps, t), reduction",
         "denoiser.target(x0, F.sample_noise(x0), t), reduction"),
+    "characters of held-out lines in the vocabulary": (
+        "data", "counts = Counter(chain.from_iterable(train))", "counts = Counter(chain.from_iterable(lines))"),
+    "an unknown token that the held-out lines have": ("data", "used = set().union(*lines)", "used = set().union(*train)"),
+    "normalised after the attention": ("network", "self.ask(self.norm(x))", "self.ask(x)"),
+    "one head for several": ("network", "(3, self.heads, -1)", "(3, 1, -1)"),
+    "nats for bits": ("text", "nats / (length * math.log(2))", "nats / length"),
+    "tokens counted where pairs should be": ("text", "shared * self.ends[x]", "shared * self.single[x]"),
+    "times drawn unevenly, losses not divided": ("text", "(1 / (F.T * p[t])).float()", "torch.ones(n)"),
+    "a text that is a line of the file": ("text", "not own &", "not set() &"),
     "Laplace draws of one sign": ("posterior", "dtype=m.dtype) * 2 - 1", "dtype=m.dtype) * 0 + 1"),
     "a standard deviation taken for a variance": (
         "posterior", "self.var.sqrt() * normal_like",
         "self.var * normal_like"),
+    "an impossible token at u = 0": ("posterior", "right=True", "right=False"),
+    "probabilities summed in float32": ("posterior", "p.cumsum(1, dtype=torch.float64)", "p.cumsum(1).double()"),
+    "a stick taken to be one long": ("posterior", " * total[:, -1:]", ""),
+    "a softmax over the positions": ("posterior", "z.softmax(-1, dtype=fine)", "z.softmax(0, dtype=fine)"),
+    "probabilities rounded to the bits of the logits": ("posterior", "torch.promote_types(flat.dtype, torch.float32)", "flat.dtype"),
+    "one u for every piece": ("posterior", "zip(flat.split(chunk), u.split(chunk))", "((z, u[:len(z)]) for z in flat.split(chunk))"),
+    "positions read as rows": ("posterior", "self.features[where]", "self.features[where.any(1)].flatten(0, 1)"),
+    "the guess returned where a last step is due": (
+        "reverse", "last = times[i + 1] == 0 and F.ends_with_guess", "last = times[i + 1] == 0"),
+    "noise mixed that is not normal": ("reverse", "if not F.normal:", "if False:"),
+    "marginals for logits": ("oracle", "Categorical(self.mean.log())", "Categorical(self.mean)"),
+    "a table without the chances of its sentences": (
+        "oracle", "joint = self.log_probs + self.F", "joint = 0 * self.log_probs + self.F"),
+    "a level of noise for its square": ("oracle", "noise.square()[:, None, None]", "noise[:, None, None]"),
+    "the covariance of the data for that of what is left": (
+        "oracle", "rest = cov - gain @ maps @ cov", "rest = cov - 0 * (gain @ maps @ cov)"),
     "the oracle forgets what the data weigh": (
         "oracle", "d.log_weights + component_log_prob(z, total)",
         "component_log_prob(z, total)"),
@@ -191,9 +221,71 @@ CLASSICS = {
         "score = p.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)"),
     "one hit too many, counted": ("mask", "u.argsort(1).argsort(1) < t", "u.argsort(1).argsort(1) <= t"),
     "places for ranks": ("mask", "u.argsort(1).argsort(1) < t", "u.argsort(1) < t"),
-    "the number of sets forgotten": ("mask", " - log_choose(torch.full_like(n, l), t)", ""),
+    "the number of sets forgotten": (
+        "mask", " + log_factorial(t) - math.lgamma(l + 1)", " - log_factorial(l - t)"),
     "numbers of hits spread over the whole interval": ("mask", "return torch.where(must, fresh * r, spare)", "return torch.where(must, fresh, spare)"),
+    "Algorithm 2 with D_t and D_{t-1} exchanged, by the sign of the inferred noise": (
+        "cold", "(xt - self.D(x0, t)) / self.table.at", "(self.D(x0, t) - xt) / self.table.at"),
+    "Algorithm 2 that forgets where it stands": ("cold", "(xt - self.D(x0, t)) / self.table.at", "self.D(x0, t) / self.table.at"),
+    "noise inferred with the level of the time before": ("cold", "self.table.at(t, x0)[0]", "self.table.at(t - 1, x0)[0]"),
+    "improved sampling that ends with the guess, whatever the levels": (
+        "cold", "self.ends_with_guess = bool(levels[0] == 0)", "self.ends_with_guess = True"),
+    "a scale of 0 that divides": ("cold", "/ self.table.at(t, x0)[0]", "/ (self.scale * self.table.at(t, x0)[0])"),
+    "generation from what is left at T - 1": ("cold", "(len(like),), self.T,", "(len(like),), self.T - 1,"),
+    "no damage in the inferred noise": ("cold", "(xt - self.D(x0, t)) / self.table.at", "(xt - x0) / self.table.at"),
+    "the old token counted as an edit": ("edit", "others = logits.scatter(-1, own, -math.inf)", "others = logits"),
+    "Z over the wrong tokens alone": (
+        "edit", "Z = change.double().exp().sum(1)",
+        "Z = torch.where(differ, change.double().exp(), 0.0).sum(1)"),
+    "a uniform start for rule two": (
+        "edit", "return self.sample(like, end, generator=generator)",
+        "return torch.randint(0, self.vocab, like.shape, generator=generator, device=like.device)"),
+    "rule two writes the old token too": ("edit", "span = (self.vocab - self.choices, self.vocab)", "span = (0, self.vocab)"),
+    "rule two rests like rule one": ("edit", "return torch.zeros_like(Z)", "return (t - Z).clamp_min(0)"),
+    "rule one never rests": ("edit", "return (t - Z).clamp_min(0)", "return torch.zeros_like(Z)"),
+    "hits that left no trace get other tokens": (
+        "edit", "torch.where(self.hits.at(u, t), xt, fresh[1])",
+        "torch.where(self.seen(x0, xt), xt, fresh[1])"),
+    "hits outside the differences restored": (
+        "edit", "torch.where(differ, (xt - x0) % self.vocab, fresh[1])",
+        "torch.where(self.hits.at(u, t), (xt - x0) % self.vocab, fresh[1])"),
+    "a difference too many in the table": ("edit", "return table[:, 0].gather", "return table[:, 1].gather"),
+    "differences due, not less one": ("edit", "(change + one_less(z[:, 1:]) - z[:, :-1])", "(change + z[:, 1:] - z[:, :-1])"),
+    "the likeliest tokens for the largest margins": (
+        "edit", "margin = others.amax(-1) - self.logits.gather(-1, self.xt.unsqueeze(-1)).squeeze(-1)",
+        "margin = others.amax(-1)"),
+    "a bound without its -log t": ("edit", "(total - t.log())", "total"),
+    "rule one as far from uniform as rule two": (
+        "edit", "c = 1 - F.hits.table.share[-1] * (1 - F.odds)",
+        "c = 1 - F.hits.table.share[-1]"),
     "the moving average turned around": ("train", "1 - keep)", "keep)"),
+    "a width for its square": ("degradations", "width.square() / 2", "width / 2"),
+    "the identity up to rounding": ("degradations", "return torch.where(row(t, x0) == 0, x0, blurred)", "return blurred"),
+    "cosines at the pixels' edges for their centres": ("degradations", "* k * (2 * i + 1)", "* k * (2 * i)"),
+    "waves of the rows for those of the columns": ("degradations", "rates = decay_rates(h)[:, None] + decay_rates(w)", "rates = decay_rates(h)[:, None] + decay_rates(h)[:1]"),
+    "0 times infinity at the end of the blur": (
+        "degradations", "torch.where(rates > 0, (-rates * width.square() / 2).exp(), 1.0)", "(-rates * width.square() / 2).exp()"),
+    "blocks summed up": ("degradations", "cut.mean((-3, -1)", "cut.sum((-3, -1)"),
+    "the shares of two pictures exchanged": (
+        "degradations", "torch.lerp(x0, self.table.other.to(x0), ", "torch.lerp(self.table.other.to(x0), x0, "),
+    "the bound without L_T": (
+        "encoding", "whole = prior_kl(F.codes, z) + data", "whole = data"),
+    "L_T without the size of the codes": (
+        "encoding", "return prior_kl(F.codes, F.encode(x0))", "return prior_kl(F.codes, F.encode(x0) * 0)"),
+    "the code at the end for the datum": ("encoding", "starts_at_data = False", "starts_at_data = True"),
+    "SNR_t - SNR_s for SNR_s - SNR_t": (
+        "encoding", "a, _, c = bridge(F.codes, kernel, t, s)", "a, _, c = bridge(F.codes, kernel, s, t)"),
+    "a guess that is not encoded": (
+        "encoding", "return Dirac(encoder(posterior.mean))", "return Dirac(posterior.mean)"),
+    "a code that is encoded twice": (
+        "encoding", "return self.codes(self.encode(x0), t, eps)", "return self.codes(self.encode(self.encode(x0)), t, eps)"),
+    "a/c for its square": ("encoding", "(a / c).square() / 2", "(a / c) / 2"),
+    "the spread of drawn codes left out": ("encoding", "z, xt, t, s, kernel) + charge", "z, xt, t, s, kernel)"),
+    "one step taken for all of them": ("encoding", "whole + (F.T - 1) * code_kl", "whole + code_kl"),
+    "the first step priced like the others": ("encoding", "torch.randint(2, F.T + 1", "torch.randint(1, F.T"),
+    "an encoder that the loss does not reach": ("encoding", "z = F.encode(x0)\n", "z = F.encode(x0).detach()\n"),
+    "the mean code where a draw is charged": (
+        "encoding", "if isinstance(kernel, MeanCode):", "if True:"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------- the rules
@@ -374,7 +466,8 @@ def test_the_laws_alone_notice_what_changes_a_distribution(name, law):
 EQUIVALENT = {
     r"forward in check_t: 1 -> 2": "an empty batch has no time that could be out of range",
     r"posterior in Laplace.sample: (m \+ self.scale \* sign|self.scale \* sign -> self.scale /)": "the law is symmetric and the sign is ±1",
-    r"posterior in Categorical.nll: (-1 -> 1|1 -> 2) #4": "per_row sums over the axis of size 1 as well",
+    r"posterior in (per_row|inverse_cdf): -1 -> 1$": "an axis of size 1, anywhere behind the first",
+    r"posterior in Categorical.sample: -1 -> 1 #[23]": "the last of two axes",
     r"reverse in MixNoise.__call__: (xt -> x0|t -> s #2)": "only shape, dtype and device are taken from it",
     r"reverse in _reverse: (len\(times\) - 1 -> len\(times\) \+ 1|1 -> [02]) #2": "the total on the progress bar, read by a test that needs pytest",
     r"reverse in (mixing: (alpha -> sigma( #2)?|t -> s)|coefficients: 0 -> -?1)$": "only dtype, device and shape are taken from it",
@@ -413,11 +506,17 @@ EQUIVALENT = {
     r"score in (Heun.forward: xt -> x0 #[23]|DPMSolver2M.forward: (xt -> x0 #[23]|x0 -> xt( #2)?|1 -> [02])$)":
         "only dtype, device, shape or number of axes are taken from it",
     r"score in DPMSolver2M.forward: 0.0 -> -?1.0 #3": "steps in log-SNR are positive, so that no weight is +inf",
+    r"oracle in Normal.sample: self.mean \+": "normal noise is symmetric",
+    r"oracle in LinearOracle.__init__: (True -> False|var < 16 \*.* -> var <=|16 -> )": "another algorithm for the same inverse; a tolerance",
+    r"oracle in TableOracle.__init__: abs.*< 1e-06 -> ": "a tolerance",
     r"oracle in MixturePosterior.sample: 0 -> -1": "the only column; the shape of any component",
     r"oracle in MixturePosterior.sample: self.means\[rows, k\] \+": "normal noise is symmetric",
     r"oracle in (MixturePosterior.nll|Oracle.forward|Oracle.log_prob|Oracle.score): -1 -> 1": "the last of two axes",
     r"oracle in Mixture.__init__: (0 -> -1$|abs.*<= 1e-06 -> |var.abs\(\) -> var|-1 -> 1)":
         "the size of any mean; a tolerance; a component without a positive eigenvalue fails either way; the last of two axes",
+    r"mask in Exactly.infer: (fresh < bar -> |1 -> 2 #6)": "the number at the bar comes next either way; beyond 1 all come last",
+    r"mask in Tokens.(log_prob: x0 -> xt|fits: x0 -> xt)": "only its shape is taken",
+    r"mask in CarryOver.forward: 0.0 -> -?1.0": "the only finite logit",
 }
 
 

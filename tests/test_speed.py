@@ -6,9 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from udm_book.elbo import elbo
 from udm_book.hot import Hot, ddim, ddpm
+from udm_book.mask import AtRate, Exactly, Mask, Reveal
 from udm_book.objective import network_loss
 from udm_book.parameterization import EPS, X0, Denoiser, V
-from udm_book.posterior import Dirac, Gaussian
+from udm_book.posterior import Categorical, Dirac, Gaussian, LazyCategorical
 from udm_book.reverse import reuse_noise, sample
 from udm_book.samplers import Clip, LastMean
 from udm_book.schedule import Schedule
@@ -139,3 +140,59 @@ def test_a_deterministic_run_draws_nothing():
     with torch.no_grad():
         sample(F, Denoiser(lambda x, t: x, SCHEDULE, V), normal(2, 3, device="cpu"), range(100, -1, -1), reuse_noise, generator=g)
     assert torch.equal(g.get_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------------------ masked text
+
+
+def written(hits, times, vocab=50, b=3, l=8):
+    """A run of Reveal from nothing but masks: how many rows the head saw in each step, and how many positions moved."""
+    family, seen, moved = Mask(vocab, hits), [], []
+    features = normal(b, l, 4, dtype=torch.float32, device="cpu")
+    weights = normal(4, vocab, dtype=torch.float32, device="cpu")
+
+    def head(h):
+        seen.append(h.shape[:-1].numel())
+        return h @ weights
+
+    step = Reveal()
+
+    def watched(F, posterior, xt, t, s, *, generator):
+        xs = step(F, posterior, xt, t, s, generator=generator)
+        moved.append(int((xs != xt).sum()))
+        return xs
+    start = torch.full((b, l), vocab)
+    end = sample(family, lambda xt, t: LazyCategorical(features, head), start, times, watched, generator=rng(0, "cpu"))
+    assert (end < vocab).all() and sum(moved) == b * l
+    return seen, moved
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_the_head_sees_only_the_rows_that_move_in_a_step(stride):
+    "One position of each sentence a step, or three: 24 rows in a run, instead of 24 in every step."
+    times = [*range(8, 0, -stride), 0]
+    seen, moved = written(Exactly(8), times)
+    assert seen == moved == [3 * (t - s) for t, s in zip(times, times[1:])]
+    seen, moved = written(AtRate.even(8), times)
+    assert seen == moved and sum(seen) == 24
+
+
+def test_the_loop_asks_no_transition_for_a_mean_that_nobody_reads():
+    seen = []
+
+    def head(h):
+        seen.append(len(h))
+        return h
+    steps = sample(Mask(5, Exactly(4)), lambda xt, t: LazyCategorical(torch.zeros(2, 4, 5), head), torch.full((2, 4), 5), [4, 2, 0],
+                   lambda F, posterior, xt, t, s, *, generator: xt)
+    assert not seen and steps.shape == (2, 4)
+
+
+@pytest.mark.parametrize("n, V", [(64, 2**16), (2, 2**16), (2, 2**21)])
+def test_tokens_are_drawn_without_a_float64_tensor_of_the_size_of_the_logits(n, V):
+    "Pieces of at most 2^20 numbers (or a row); 64 rows of 2^16 logits are four of them."
+    logits = normal(n, 1, V, dtype=torch.float32, device="cpu")
+    with unhooked(), torch.no_grad(), Calls(keep=True) as calls: Categorical(logits).sample()
+    wide = [x.numel() for x in calls.results if isinstance(x, torch.Tensor) and x.dtype == torch.float64]
+    assert max(wide) == min(n * V, max(V, 2**20))
+    assert calls.names.count("cumsum") == max(1, n * V // 2**20 if V <= 2**20 else n)

@@ -21,20 +21,22 @@ from .schedule import Tables
 class Cold(Forward):
     """A degradation with some noise, `x_t = D_t(x0) + r_t eps` with `eps = scale e` (statement udm.12).
 
-    `e` is drawn by `law(like, generator)`, standard normal numbers by default. `scale = 0` is cold diffusion:
-    all noise is 0, and the kernels are the limits of those for a small scale. `levels` are the T+1 numbers
-    `r_t > 0` (only r_0 may be 0), by default all 1. With r_0 > 0 the process starts beside the data, at
-    `x0 + r_0 eps`, and so does generation end. Raises ValueError otherwise.
+    `e` is drawn by `law(like, generator)`, by default standard normal numbers. `scale = 0` is cold
+    diffusion: all noise is 0, and the kernels are the limits of those for a small scale. `levels` are
+    the T+1 numbers `r_t > 0` (only r_0 may be 0), by default all 1. With r_0 > 0 the process starts
+    beside the data, at `x0 + r_0 eps`, and so does generation end. Raises ValueError otherwise.
     """
     invertible = True
 
     def __init__(self, D: Degradation, scale: float = 0.,
-                 levels: Sequence[float] | Float[Tensor, " steps"] | None = None, law: Callable = normal_like):
+                 levels: Sequence[float] | Float[Tensor, " steps"] | None = None,
+                 law: Callable = normal_like):
         super().__init__()
         levels = torch.ones(D.T + 1) if levels is None else torch.as_tensor(levels, dtype=torch.float64)
-        sound = levels.shape == (D.T + 1,) and levels[0] >= 0 and (levels[1:] > 0).all() and levels.isfinite().all()
-        if not sound:
-            raise ValueError(f"expected {D.T + 1} levels > 0, the first >= 0; got {levels.flatten()[:6].tolist()}")
+        sound = levels.shape == (D.T + 1,) and levels[0] >= 0 and (levels[1:] > 0).all()
+        if not (sound and levels.isfinite().all()):
+            raise ValueError(f"expected {D.T + 1} levels > 0, the first >= 0; "
+                             f"got {levels.flatten()[:6].tolist()}")
         if not 0 <= scale < float("inf"): raise ValueError(f"expected a finite scale >= 0; got {scale}")
         self.D, self.scale, self.law, self.table = D, scale, law, Tables(levels=levels)
         self.normal = law is normal_like
@@ -62,15 +64,16 @@ class Cold(Forward):
 
     def prior(self, like: Float[Tensor, "b *d"], *,
               generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
-        "`q(x_T)` for the data `like`: what is left of a picture at T has a law of its own, which only data show."
-        return self.sample(like, torch.full((len(like),), self.T, device=like.device), generator=generator)
+        "`q(x_T)` for the data `like`: what is left at T has a law of its own, which only data show."
+        t = torch.full((len(like),), self.T, device=like.device)
+        return self.sample(like, t, generator=generator)
 
 # %% ../nbs/21_cold.ipynb #exp-restorer
 class Restorer(nn.Module):
     """A network that guesses `x0` from `(xt, t)`, with the law `law(guess)` around it.
 
-    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` with a tensor for the
-    L1 objective (statement udm.14).
+    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` with a tensor
+    for the L1 objective (statement udm.14).
     """
     def __init__(self, net: Callable, law: Callable[[Tensor], Posterior] = Dirac):
         super().__init__()

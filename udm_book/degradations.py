@@ -44,7 +44,7 @@ def check_path(name: str, table: Tensor, start: float, stop: float):
 def check_picture(t: Tensor, x0: Tensor, size: tuple[int, ...] = ()):
     "Raise unless `t` holds one integer per row of `x0`, whose last axes are `size`. Reads no values."
     check_rows(t, x0=x0)
-    if x0.shape[1:][max(0, x0.ndim - 1 - len(size)):] != size:
+    if x0.shape[1:][x0.ndim - 1 - len(size):] != size:
         raise ValueError(f"expected pictures whose last axes are {size}; got {tuple(x0.shape)}")
 
 Size: TypeAlias = int | tuple[int, int]
@@ -90,8 +90,8 @@ class Blur(Degradation):
     def forward(self, x0: Float[Tensor, "b *d"], t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
         check_picture(t, x0, self.size)
         rows, columns, rates = (v.to(x0) for v in self.waves.buffers())
-        spread = self.table.at(t, x0)[0].square() / 2
-        kept = torch.where(rates > 0, (-rates * spread).exp(), 1.)
+        (width,) = self.table.at(t, x0)
+        kept = torch.where(rates > 0, (-rates * width.square() / 2).exp(), 1.)
         blurred = rows.mT @ (kept * (rows @ x0 @ columns.mT)) @ columns
         return torch.where(row(t, x0) == 0, x0, blurred)
 
@@ -113,7 +113,7 @@ class Pool(Degradation):
     def __init__(self, size: Size, blocks: Sequence[Size] | None = None):
         super().__init__()
         self.size = pair(size)
-        powers = [k for k in (2**i for i in range(32)) if not any(n % k for n in self.size)]
+        powers = [2**i for i in range(min(self.size)) if not any(n % 2**i for n in self.size)]
         self.blocks = [pair(k) for k in (powers if blocks is None else blocks)]
         chain = [*self.blocks, self.size]
         steps = [(p, q) for a, b in zip(chain, chain[1:]) for p, q in zip(a, b)]

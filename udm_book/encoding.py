@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .elbo import bridge, data_nll, prior_kl, step_kl
 from .forward import Forward, normal_like, row
 from .hot import Hot, ddpm
-from .posterior import Dirac, Gaussian, Posterior, per_row
+from .posterior import Dirac, Posterior, per_row
 from .reverse import Kernel, ask
 from .schedule import Schedule
 
@@ -79,7 +79,7 @@ class Spread:
     mean: Float[Tensor, "b *code"]
     var: Float[Tensor, " b"]
 
-def push(encoder: nn.Module, posterior: Posterior) -> Dirac | Gaussian | Spread:
+def push(encoder: nn.Module, posterior: Posterior) -> Posterior | Spread:
     """The law of `phi(x0)` where x0 has the law `posterior`.
 
     A point goes to its code. Other laws need an encoder with a method `push(posterior)`; else TypeError.

@@ -66,18 +66,17 @@ class Exactly(Hits):
     def at(self, u, t): return u.argsort(1).argsort(1) < t[:, None]
 
     def infer(self, must, t, fresh, odds):
-        others, l = torch.where(must, 2., fresh).sort(1).values, must.shape[1]
+        others, l = torch.where(must, 1., fresh).sort(1).values, must.shape[1]
         more = (t - must.sum(1)).clamp(0, l - 1)[:, None]       # the hits that are not seen
-        bar = others.gather(1, more).clamp_max(1.)              # they lie below, uniform on [0, bar)
+        bar = others.gather(1, more)                            # they lie below, uniform on [0, bar)
         order = torch.where(must, fresh, torch.where(fresh < bar, fresh / bar, 1 + fresh))
         return order.argsort(1).argsort(1).double() / l
 
     def log_prob(self, n, l, t, odds):
-        k = t - n                                              # C(l - n, k) / C(l, t) odds^k, and 0 for k < 0
-        def log_choose(a, b): return torch.lgamma(a + 1.) - torch.lgamma(b + 1.) - torch.lgamma(a - b + 1.)
-        n, t, m = n.double(), t.double(), k.clamp(min=0).double()
-        count = log_choose(l - n, m) - log_choose(torch.full_like(n, l), t)
-        return torch.where((k < 0) | (m > l - n), -math.inf, count + torch.xlogy(m, torch.full_like(m, odds)))
+        def log_factorial(a): return torch.lgamma(a.double() + 1)
+        k = t - n                                               # C(l - n, k) / C(l, t) odds^k, and 0 for k < 0
+        sets = log_factorial(l - n) - log_factorial(k) + log_factorial(t) - math.lgamma(l + 1)
+        return torch.where(k < 0, -math.inf, sets + torch.xlogy(k.double(), odds))
 
     def leave(self, n, t, s, generator): return (n - s).clamp(min=0)
 

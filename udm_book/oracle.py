@@ -176,10 +176,10 @@ class Normal(Posterior):
 class LinearOracle(nn.Module):
     """The exact denoiser of normal data under `x_t = A_t x0 + r_t eps`, `eps ~ N(0, I)`, for t >= 1.
 
-    `mean` has the shape of a datum, `cov` is `(n, n)` with n its size; `maps` `(T+1, m, n)` are the A_t, `noise` the
-    T+1 numbers r_t >= 0. `x0` given `x_t` has mean `mean + K (x_t - A mean)` and covariance `cov - K A cov` with
-    `K = cov Aᵀ (A cov Aᵀ + r² I)⁺`. Directions of x_t with less than `rtol` of the largest variance count as
-    not observed; variances within rounding of 0 are 0. Raises ValueError where sizes do not fit or a level is negative.
+    `mean` is shaped as a datum, `cov` is `(n, n)` with n its size; `maps` `(T+1, m, n)` are the A_t, `noise` the T+1
+    numbers r_t >= 0. `x0` given `x_t` has mean `mean + K (x_t - A mean)` and covariance `cov - K A cov`, where
+    `K = cov Aᵀ (A cov Aᵀ + r² I)⁺`. Directions of x_t with less than `rtol` of the largest variance are not observed;
+    variances within rounding of 0 are 0. Raises ValueError where sizes do not fit or a level is negative.
     """
     def __init__(self, mean: Float[Tensor, "*d"], cov: Float[Tensor, "n n"], maps: Float[Tensor, "steps m n"],
                  noise: Float[Tensor, " steps"], rtol: float = 1e-10):
@@ -192,8 +192,8 @@ class LinearOracle(nn.Module):
         gain = cov @ maps.mT @ torch.linalg.pinv(seen, rtol=rtol, hermitian=True)
         rest = cov - gain @ maps @ cov
         var, basis = torch.linalg.eigh((rest + rest.mT) / 2)
-        known = var < 16 * torch.finfo(cov.dtype).eps * cov.trace()         # what rounding leaves of a variance 0
-        parts = dict(centre=mean, gain=gain, shift=maps @ mean.flatten(), var=var.masked_fill(known, 0.), basis=basis)
+        var = var.masked_fill(var < 16 * torch.finfo(cov.dtype).eps * cov.trace(), 0.)      # else what rounding leaves
+        parts = dict(centre=mean, gain=gain, shift=maps @ mean.flatten(), var=var, basis=basis)
         for name, value in parts.items(): self.register_buffer(name, value)
 
     def forward(self, xt: Float[Tensor, "b *m"], t: Int[Tensor, " b"]) -> Normal:
@@ -244,8 +244,7 @@ class TableOracle(nn.Module):
         b, n = len(xt), len(self.states)
         pairs = self.states.repeat(b, 1), xt.repeat_interleave(n, 0), t.repeat_interleave(n)
         joint = self.log_probs + self.F.log_prob(*pairs).view(b, n)
-        if (joint.amax(1) == -math.inf).any():
-            bad = xt[joint.amax(1) == -math.inf][0].tolist()
-            raise ValueError(f"expected states that some sentence leads to; got {bad}, which none does")
+        if (bad := joint.amax(1) == -math.inf).any():
+            raise ValueError(f"expected states that some sentence leads to; got {xt[bad][0].tolist()}, which none does")
         table = Table(joint.softmax(1), self.states, self.F.vocab)
         return table if self.joint else table.marginals()

@@ -82,8 +82,8 @@ class Laplace(Posterior):
 def inverse_cdf(p: Float[Tensor, "n V"], u: Float64[Tensor, "n *k"]) -> Int[Tensor, "n *k"]:
     """In each row the first token at which the cumulated `p` exceeds the share `u` of its total.
 
-    With `u` uniform on [0, 1), one or k numbers a row, these are draws from `p`. The sums run in float64; V where `p`
-    is NaN.
+    With `u` uniform on [0, 1), one or k numbers a row, these are draws from `p`. The sums run in float64.
+    The answer is V where `p` is NaN.
     """
     total = p.cumsum(1, dtype=torch.float64)
     share = u.unsqueeze(-1).flatten(1) * total[:, -1:]
