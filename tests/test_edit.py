@@ -188,7 +188,7 @@ def test_split_says_how_likely_the_present_token_is(seed, scale):
 def test_what_a_sure_guess_leaves_over_is_not_lost():
     "1 - q is summed from the other tokens: e^-40 in float32, where q itself rounds to 1."
     logits = torch.tensor([[[40.0, 0.0, -math.inf]]], device=DEVICE)
-    keep, change, _ = split(logits, tokens([0]))
+    keep, change, _ = split(logits, tokens((0,)))
     close(change[0], [-40.0], 40)
     assert keep.item() == 0
 
@@ -217,6 +217,17 @@ def test_differing_is_the_conditioned_law(seed, t, scale, holes):
     assert ((p.mode != xt).sum(1) == t).all()
 
 
+def test_tokens_that_are_certain_stay_or_go_and_the_rest_pays():
+    "The first token must stay, the second must go: with t = 2 one of the others differs."
+    logits, xt = logits_of(1, 4, V, seed=6), tokens((1, 1, 0, 2))
+    logits[0, 0, [0, 2]], logits[0, 1, 1] = -math.inf, -math.inf
+    p = Differing(logits, xt, torch.tensor([2], device=DEVICE))
+    assert p.mean.isfinite().all()
+    close(p.mean[0, :2, 1], [1.0, 0.0])
+    close((1 - p.mean[0, 2:3, 0]) + (1 - p.mean[0, 3:, 2]), [1.0])
+    assert (p.sample(generator=rng(1)) != xt)[0, :2].tolist() == [False, True]
+
+
 @pytest.mark.parametrize("t", range(L + 1))
 def test_differing_draws_from_the_conditioned_law(t):
     logits, xt = logits_of(2, L, V, seed=t, scale=1.0), tokens((0, 1, 2), (2, 2, 0))
@@ -235,6 +246,7 @@ def test_differing_holds_for_long_sentences_in_single_precision():
     x = p.sample(generator=rng(2))
     assert ((x != xt).sum(1) == t).all() and ((p.mode != xt).sum(1) == t).all() and p.mean.dtype == torch.float32
     close((1 - p.mean[..., 0]).sum(1), t, 300)
+    assert p.table.shape == (3, 301, 301) and p.table.dtype == torch.float64
     assert p.nll(x).isfinite().all() and (p.nll(p.mode) <= p.nll(x)).all() and p.nll(x).dtype == torch.float32
     assert (p.nll(xt)[1:] == math.inf).all() and abs(p.nll(xt)[0]) < 1e-4
 
@@ -384,12 +396,26 @@ def test_a_term_is_the_divergence_of_the_two_steps(rule, seed, sharp):
 @both
 def test_terms_have_finite_gradients(rule):
     F, xt, x0 = exactly(rule), tokens((0, 1, 2)), tokens((1, 1, 1))
-    logits = (logits_of(1, L, V) + 2 * nn.functional.one_hot(xt, V)).requires_grad_()
     def term(z): return step_kl(F, Categorical(z), x0, xt, full(x0, 2), full(x0, 1), restore)
-    assert term(logits).isfinite() and torch.autograd.gradcheck(term, logits)
+    for sharp in (-4, 4):                               # more than t differences expected, and fewer
+        logits = (logits_of(1, L, V, scale=0.5) + sharp * nn.functional.one_hot(xt, V)).requires_grad_()
+        assert term(logits).isfinite() and torch.autograd.gradcheck(term, logits)
+    fresh = torch.zeros(1, 4, 2, device=DEVICE, dtype=torch.float64).requires_grad_()       # expects just t = 2 differences
+    xt, x0, F = tokens((0, 0, 0, 0)), tokens((1, 1, 0, 0)), exactly(rule, 4, 2)
+    step_kl(F, Categorical(fresh), x0, xt, full(x0, 2), full(x0, 1), restore).sum().backward()
+    assert fresh.grad.isfinite().all()
+    xt, x0 = tokens((0, 1, 2)), tokens((1, 1, 1))
     for s in (0, 1):
         F = rated(rule)
         assert torch.autograd.gradcheck(lambda z: step_kl(F, Categorical(z), x0, xt, full(x0, 2), full(x0, s), reuse_noise), logits)
+
+
+def test_the_weights_of_a_term_are_summed_in_double_precision():
+    logits, xt = logits_of(1, 200, V, seed=7).float(), torch.zeros(1, 200, dtype=torch.long, device=DEVICE)
+    x0 = xt.index_fill(1, torch.tensor([5], device=DEVICE), 1)
+    guess, change = Categorical(logits), split(logits, xt)[1].double()
+    got = step_kl(exactly(EditDifferent, 200), guess, x0, xt, full(xt, 1), full(xt, 0), restore)
+    close(got - guess.token_nll(x0)[:, 5].double(), change.exp().sum(1).log(), 10)
 
 
 @both

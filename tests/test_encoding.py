@@ -1,4 +1,5 @@
 """Encoders: codes against Hot, prices against enumeration and quadrature, the bound against closed forms, gradients, the end of the loop."""
+import copy
 import itertools
 import math
 
@@ -49,7 +50,7 @@ class Words(Embedding):
 
 def encoded(encoder, *code, schedule=S):
     """The process on the device of the laws; the tables of `schedule` stay where they are."""
-    return Encoded(encoder, Schedule(schedule.alpha_bar), code).to(DEVICE)
+    return Encoded(encoder, copy.deepcopy(schedule), code).to(DEVICE)
 
 
 def words(schedule=S, seed=0): return encoded(Words(seed), L, W, schedule=schedule)

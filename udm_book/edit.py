@@ -125,8 +125,10 @@ class Differing(Posterior):
     @cached_property
     def table(self) -> Float64[Tensor, "b n n"]:
         "`log Z[i, k]`: the chance that the tokens from position i on differ in exactly k places."
-        keep, change, l = self.parts[0].double(), self.parts[1].double(), self.xt.shape[1]
-        rows = [z := torch.cat([torch.zeros_like(keep[:, :1]), torch.full_like(keep, NONE)], 1)]
+        (keep, change, _), l = self.parts, self.xt.shape[1]
+        z = keep.new_full((len(keep), l + 1), NONE, dtype=torch.float64)
+        z[:, 0] = 0.
+        rows = [z]
         for i in reversed(range(l)):
             z = torch.logaddexp(keep[:, i:i + 1] + z, change[:, i:i + 1] + one_less(z))
             rows.append(z)
@@ -142,14 +144,13 @@ class Differing(Posterior):
     @cached_property
     def chances(self) -> Float64[Tensor, "b l n"]:
         "The chance to differ at position i, if k differences are due from there on."
-        z, change = self.table, self.parts[1].double().unsqueeze(-1)
-        ratio = (change + one_less(z[:, 1:]) - z[:, :-1]).exp()
-        return torch.where(z[:, :-1] > NONE / 2, ratio, 0.)
+        z = self.table
+        return (self.parts[1].unsqueeze(-1) + one_less(z[:, 1:]) - z[:, :-1]).exp()
 
     @property
     def mean(self) -> Float[Tensor, "b l V"]:
         "The law of each token."
-        due, differ = torch.nn.functional.one_hot(self.t, self.chances.shape[-1]).double(), []
+        due, differ = torch.nn.functional.one_hot(self.t, self.chances.shape[-1]), []
         for p in self.chances.unbind(1):            # `due`: the law of the differences still due
             move = due * p
             differ.append(move.sum(1))
@@ -191,8 +192,7 @@ class MustDiffer(Wrapper):
         super().__init__(denoiser)
         self.best = best
 
-    def forward(self, xt: Int[Tensor, "b l"], t: Int[Tensor, " b"],
-                **cond) -> Differing | Categorical:
+    def forward(self, xt: Int[Tensor, "b l"], t: Int[Tensor, " b"], **cond) -> Posterior:
         guess = Differing(laws(self.denoiser(xt, t, **cond)), xt, t)
         if not self.best: return guess
         nothing = torch.full_like(guess.logits, -math.inf)

@@ -107,7 +107,7 @@ class AtRate(Hits):
 
     def log_prob(self, n, l, t, odds):
         r = self.table.share[t]
-        return torch.xlogy(n.double(), r) + torch.xlogy(l - n.double(), 1 - r + r * odds)
+        return torch.xlogy(n, r) + torch.xlogy(l - n, 1 - r + r * odds)
 
     def leave(self, n, t, s, generator):
         return torch.binomial(n.double(), self.left(t, s), generator=generator).long()
