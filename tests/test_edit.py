@@ -481,8 +481,8 @@ def given_t(*t, logits=None): return Differing(torch.zeros(2, L, V) if logits is
 
 
 CASES = {
-    "a joint posterior to restore from": (TypeError, lambda: go(denoiser=JOINT), "independent tokens, a Categorical", "Table"),
-    "a single guess to restore from": (TypeError, lambda: go(denoiser=lambda xt, t: Dirac(xt)), "independent tokens", "Dirac"),
+    "a joint posterior to restore from": (TypeError, lambda: go(denoiser=JOINT), "tokens are independent", "Table"),
+    "a single guess to restore from": (TypeError, lambda: go(denoiser=lambda xt, t: Dirac(xt)), "tokens are independent", "Dirac"),
     "a joint posterior that must differ": (TypeError, lambda: go(denoiser=MustDiffer(JOINT), transition=reuse_noise), "Categorical", "Table"),
     "more differences than tokens": (ValueError, lambda: given_t(3, 4), "can differ in t places", "1 rows"),
     "fewer than none": (ValueError, lambda: given_t(-1, 0), "in t places", "1 rows"),

@@ -57,6 +57,7 @@ def test_counted_laws_are_their_formulas(extra, cut):
     close(grams.bigram(new), [-sum(math.log(after(w, v)) for w, v in zip([vocab, *row], row)) for row in new.tolist()], 30)
     assert all(abs(sum(after(w, v) for v in range(vocab)) - 1) < 1e-12 for w in range(vocab + 1))
     assert Grams(x, vocab).extra == 1 and Grams(x, vocab).cut == 0.75
+    assert grams.unigram(new).dtype == grams.bigram(new).dtype == torch.float64
 
 
 def test_constants_suit_the_last_tenth_and_counts_hold_all():
@@ -70,6 +71,13 @@ def test_constants_suit_the_last_tenth_and_counts_hold_all():
     assert grams.cut == min(cuts, key=lambda c: cost("bigram", grams.extra, c))
     assert torch.equal(grams.bigram(x), Grams(x, 5, grams.extra, grams.cut).bigram(x))
     assert Grams.tuned(x[:2], 5).single.sum() == pytest.approx(1)
+    tried = []
+    class Noted(Grams):
+        def __init__(self, x, vocab, extra, cut):
+            super().__init__(x, vocab, extra, cut)
+            tried.append((len(x), vocab, extra, cut))
+    Noted.tuned(x, 5)
+    assert tried == [*((185, 5, e, 0.5) for e in extras), *((185, 5, grams.extra, c) for c in cuts), (205, 5, grams.extra, grams.cut)]
 
 
 # -------------------------------------------------------------------------------------------------------- model and times

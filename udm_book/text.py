@@ -47,8 +47,7 @@ class Grams:
         def smooth(n): return (n + extra) / (n.sum() + extra * vocab)
         self.single = smooth(torch.bincount(x.flatten(), minlength=vocab).double())
         self.ends = smooth(torch.bincount(second, minlength=vocab).double())
-        self.total = torch.bincount(first, self.counts, minlength=vocab + 1)
-        self.kinds = torch.bincount(first, minlength=vocab + 1).double()
+        self.total, self.kinds = torch.bincount(first, self.counts), torch.bincount(first).double()
 
     @classmethod
     def tuned(cls, x: Int[Tensor, "n l"], vocab: int) -> "Grams":
