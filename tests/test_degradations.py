@@ -71,6 +71,13 @@ def test_at_0_it_is_the_picture_itself_and_rows_do_not_meet(name, dtype):
     assert all(not torch.equal(y[i], x[i]) for i in range(len(t)) if t[i])          # something happens in every step
 
 
+def test_T_counts_the_steps():
+    "One more table entry than steps; classes that are asked for a number of steps take that number."
+    steps = {"blur": 4, "geometric": 5, "pool": 1, "pool, uneven": 3, "disc": 4, "frame": 4, "pixels": 7, "fade": 3,
+             "fade into a picture": 2, "snow": 5, "custom": 4}
+    assert {name: build(name).T for name in OBJECTS} == steps
+
+
 @each
 def test_it_works_with_and_without_channels(name):
     if name == "custom": return
