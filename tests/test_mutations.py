@@ -507,7 +507,7 @@ EQUIVALENT = {
     r"samplers in invert: t -> s$": "in the step that leaves the data the noise is found where it arrives: s is t there",
     r"network in TimeEmbedding.__init__: (4 -> 3|0 -> 1)$": "3 is odd and refused anyway; only the dtype of this tensor matters",
     r"text in token_model: counts / counts.sum\(\) -> counts \* counts.sum\(\)": "all logits move by the same number",
-    r"text in unfold: (8 -> [79]|0 -> -1 #\d)$": "the length of a name; the last of a list of one",
+    r"text in unfold: (8 -> [79]|0 -> -1 #[24])$": "the length of a name; the last of a list of one",
     r"network in ConvNet.__init__: 8 -> 7": "7 is no multiple of 8 and refused anyway",
     r"hot in Hot.(infer_noise|step_posterior): (x0 -> xt|xt -> x0)": "only shape and dtype are taken from it",
     r"parameterization in module: alpha -> sigma": "ones and zeros in the shape of either",
