@@ -185,6 +185,12 @@ def test_embeddings_start_with_length_one():
     for w in net.token.weight, net.place: assert abs(w.square().sum(1).mean().item() - 1) < 5 * math.sqrt(2 / 64 / len(w))
 
 
+def test_one_head_is_enough_and_what_goes_without_saying():
+    assert Layer(8, 1)(torch.zeros(2, 3, 8)).shape == (2, 3, 8)
+    plain = Transformer(5, 3)
+    assert plain.place.shape == (3, 64) and len(plain.layers) == 3 and plain.layers[0].heads == 4 and plain.drop.p == 0
+
+
 CASES = {
     "a width that heads do not share": (ValueError, lambda: Layer(12, 8), "share the width 12", "8"),
     "no heads": (ValueError, lambda: Layer(12, 0), "share the width 12", "0"),
