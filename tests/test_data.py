@@ -146,6 +146,11 @@ def test_decode_shows_masks():
 
 V = ValueError
 NONE = Lines(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), ("?", "a"), 0)
+def test_lines_are_split_by_seed_0_unless_told_otherwise():
+    text = "\n".join(chr(97 + i) * 2 for i in range(20))
+    assert load(text).decode(load(text).held_out) == load(text, seed=0).decode(load(text, seed=0).held_out)
+
+
 CASES = {
     "an empty file": (V, lambda: load(b""), "at least one line of text", "none in .*lines.txt"),
     "only line ends": (V, lambda: load("\n\r\n\ufeff"[:3]), "at least one line of text", "none in"),

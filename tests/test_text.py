@@ -302,6 +302,14 @@ def test_the_command_trains_prints_and_stores_a_report(tmp_path):
 
 
 X = tokens(6, 4, 5)
+def test_a_pair_that_occurs_once_leaves_a_law():
+    "Sentences of two tokens: their chances sum to 1, also where the first token was followed once, or never."
+    x = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    chances = Grams(torch.tensor([[0, 1], [1, 1]]), 3).bigram(x).neg().exp()
+    close(chances.sum(), 1.0)
+    assert (chances > 0).all()
+
+
 CASES = {
     "no extra count": (ValueError, lambda: Grams(X, 5, extra=0.0), "extra > 0 and 0 < cut < 1", "0.0 and 0.75"),
     "a cut of a whole count": (ValueError, lambda: Grams(X, 5, cut=1.0), "extra > 0 and 0 < cut < 1", "1.0 and 1.0"),
