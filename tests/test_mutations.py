@@ -489,6 +489,7 @@ EQUIVALENT = {
     r"oracle in Mixture.points: 0 -> -1": "the size of any row",
     r"elbo in _: sigma -> alpha #2": "only its shape and dtype are taken",
     r"data in load_lines: 1114112 -> ": "no file holds all characters but one",
+    r"text in longest_copy: (len\(line\) - k -> len\(line\) \+ k|1 -> 2 #2)$": "pieces cut short equal none of full length",
     r"degradations in check_path: start < stop -> start <= stop": "a path never ends where it starts",
     r"degradations in Cover.pixels: .*.do -> ": "tables become float64 anyway",
     r"encoding in (_|encoding_loss|encoding_loss.look): xt -> x0$": "the divergence of two normal steps does not read the state",
