@@ -10,7 +10,7 @@ from torch.nn import functional as fn
 
 from udm_book.cold import Cold
 from udm_book.degradations import Degradation
-from udm_book.edit import EditAny, EditDifferent
+from udm_book.edit import EditAny, EditDifferent, restore
 from udm_book.encoding import Encoded
 from udm_book.forward import Forward
 from udm_book.hot import Hot, ddim, ddpm
@@ -238,8 +238,8 @@ FAMILIES = {
     "encoded": encoded(),
     "masks": tokens(lambda: Mask(2, Exactly(3)), 2, 3, {"reveal": Reveal(), "surest": Reveal(surest)}),
     "masks at a rate": tokens(lambda: Mask(3, AtRate.even(4)), 3, 2),
-    "any edits": tokens(lambda: EditAny(2, Exactly(3)), 2, 3),
+    "any edits": tokens(lambda: EditAny(2, Exactly(3)), 2, 3, {"restore": restore}),
     "any edits at a rate": tokens(lambda: EditAny(3, AtRate.even(4)), 3, 2),
-    "different edits": tokens(lambda: EditDifferent(3, Exactly(3)), 3, 3),
+    "different edits": tokens(lambda: EditDifferent(3, Exactly(3)), 3, 3, {"restore": restore}),
     "different edits at a rate": tokens(lambda: EditDifferent(3, AtRate(torch.tensor([0.0, 0.25, 0.5, 2 / 3]))), 3, 2),
 }
