@@ -238,12 +238,12 @@ def _(F, posterior, x0, xt, t, s, kernel):
 def _(F, posterior, x0, xt, t, kernel): return step_kl(F, posterior, x0, xt, t, 0 * t, kernel)
 
 def bound_loss(F: Tokens, denoiser: Callable, x0: Int[Tensor, "b l"],
-               t: Int[Tensor, " b"] | None = None, *, kernel: Callable,
+               t: Int[Tensor, " b"] | None = None, eps: Noise | None = None, *, kernel: Callable,
                generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
     """A term of `elbo(F, denoiser, x0, kernel=kernel)` for each row, times T: its mean is the bound.
 
-    `t` is drawn uniformly from 1..T where it is not given."""
+    `t` is drawn uniformly from 1..T where it is not given, `eps` from its law."""
     t = draw_times(F, x0, t, generator)
-    xt = F.sample(x0, t, generator=generator)
+    xt = F(x0, t, F.sample_noise(x0, generator=generator) if eps is None else eps)
     posterior = ask(denoiser, xt, t, t - 1, cond)
     return prior_kl(F, x0) + F.T * step_kl(F, posterior, x0, xt, t, t - 1, kernel)
