@@ -13,13 +13,14 @@ EXECUTE := env -u UDM_TEXT $(BIN)/python tools/execute.py
 UDM_MINUTES ?= 30
 UDM_MIN_COUNT ?= 3
 export PYTHONPATH :=
+, := ,
 
 # What the environment is made from: the pins and the dependency part of pyproject.toml. Not the file's date: every
 # nbdev_export rewrites pyproject.toml.
 DIGEST = { cat constraints.txt; sed -n '/^\[build-system\]/,/^$$/p; /^dependencies/,/^\[tool.pytest/p' pyproject.toml; } \
          | sha256sum | cut -c1-16
 
-.PHONY: help setup peers book export run render test test-all bench text lab check clean
+.PHONY: help setup peers rival book export run render test test-all bench quality text lab check clean
 
 help:  ## this list
 	@echo "Usage: make TARGET"
@@ -41,12 +42,20 @@ setup:  ## the environment in .venv (once; again when the pins change)
 	touch $(VENV)/ready-$$digest
 	echo "== set-up done"
 
+# Another library beside ours, from an extra of pyproject.toml: name of the extra, what for.
+define WITH
+digest=$$($(DIGEST)); [ -e $(VENV)/$(1)-$$digest ] && exit 0
+echo "== set-up for $(2)"
+$(PIP) install -e '.[dev,$(1)]' -c constraints.txt
+rm -f $(VENV)/$(1)-*
+touch $(VENV)/$(1)-$$digest
+endef
+
 peers: setup
-	@digest=$$($(DIGEST)); [ -e $(VENV)/peers-$$digest ] && exit 0
-	echo "== set-up for test-all: the other library that samplers are compared with (11 packages, 15 MB)"
-	$(PIP) install -e '.[dev,peers]' -c constraints.txt
-	rm -f $(VENV)/peers-*
-	touch $(VENV)/peers-$$digest
+	@$(call WITH,peers,test-all: the other library that samplers are compared with (11 packages$(,) 15 MB))
+
+rival: setup
+	@$(call WITH,quality,quality: the other library that is trained on the same digits (6 packages$(,) 15 MB))
 
 export: setup
 	@$(BIN)/nbdev_export
@@ -89,6 +98,9 @@ test-all: peers  ## the same with slow cells and slow tests, and beside another 
 
 bench: setup  ## the library beside its peers: one table of ratios
 	@$(BIN)/python benchmarks/run.py
+
+quality: rival  ## digits after 2 and 5 minutes of training, beside another library, three seeds; stores the report
+	@$(BIN)/python benchmarks/quality.py
 
 text:  ## train on your own lines: UDM_TEXT=file UDM_MINUTES=30 UDM_ROW=characters-in-a-row
 	@if [ -z "$${UDM_TEXT:-}" ]; then

@@ -12,6 +12,7 @@ and, where it has one,
     bound(net, steps, like) -> run               `run(x0)` is the negative bound of 8-bit images over that many steps
     reveal(head, features, vocab) -> run         `run(xt)` is one step of masked text: in each row of xt a hidden position, whose
                                                  token is `vocab`, is filled by a draw from the logits head(features)
+    unet() -> net                                a U-Net `net(x, t)` for 3×32×32 images, of some 20 million parameters
 
 `like` gives the device and the shape of the batches. Libraries are used as their documentation says, with clipping
 switched off where there is a switch.
@@ -35,7 +36,7 @@ class Candidate(ABC):
 
     imports = ""  # the statement whose time is compared with `import torch`
     has_out = False  # the forward process can write into a given tensor
-    has_bound = has_text = False
+    has_bound = has_text = has_unet = False
     solvers = ()
 
     @property
@@ -57,12 +58,15 @@ class Candidate(ABC):
     def reveal(self, head: nn.Module, features: Tensor, vocab: int) -> Callable:
         raise NotImplementedError
 
+    def unet(self) -> nn.Module:
+        raise NotImplementedError
+
 
 class Library(Candidate):
     """This library."""
 
     imports = "import pkgutil, udm_book; [__import__('udm_book.' + m.name) for m in pkgutil.iter_modules(udm_book.__path__)]"
-    has_out = has_bound = has_text = True
+    has_out = has_bound = has_text = has_unet = True
     solvers = ("heun", "2m")
 
     def __init__(self):
@@ -119,6 +123,11 @@ class Library(Candidate):
         F, step = Mask(vocab, Exactly(length)).to(features.device), Reveal()
         t = torch.full((b,), length // 2, device=features.device)
         return lambda xt: step(F, LazyCategorical(features, head), xt, t, t - 1)
+
+    def unet(self):
+        from udm_book.network import UNet
+
+        return UNet()
 
 
 class Plain(Candidate):
@@ -335,6 +344,7 @@ class DenoisingDiffusion(Candidate):
     """denoising-diffusion-pytorch. Its samplers draw their own start and always clip."""
 
     imports = f"{TORCHVISION}; import denoising_diffusion_pytorch"
+    has_unet = True
 
     def __init__(self):
         define_torchvision_operators()
@@ -374,6 +384,9 @@ class DenoisingDiffusion(Candidate):
     def forward(self, like):
         process = self.process(nn.Identity(), like.shape[-1], like.device, timesteps=T)
         return lambda x0, eps, t: process.q_sample(x0, t, noise=eps)
+
+    def unet(self):
+        return self.lib.Unet(dim=48, dim_mults=(1, 2, 4, 8))  # with 64, the width of its examples, 36 million
 
 
 class Azula(Candidate):

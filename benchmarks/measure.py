@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import candidates
 
@@ -326,6 +327,32 @@ def text(entrants: dict, device: str, rounds: int, rows: int, key: str, give_log
     return out
 
 
+def unets(entrants: dict, device: str, rounds: int, side: int = 1536) -> dict[str, dict[str, float]]:
+    """Forward and backward through a candidate's own U-Net, 16 images, against a large float32 matmul.
+
+    The share is (multiply-adds of convolutions, linear layers and attention a second) / (those of the matmul a second).
+    """
+    nets = {name: c.unet().to(device) for name, c in entrants.items() if c.has_unet}
+    x, t, (a, b) = torch.randn(IMAGES, device=device), torch.randint(1, T, IMAGES[:1], device=device), torch.randn(2, side, side, device=device)
+
+    def work(net):
+        net.zero_grad(set_to_none=True)
+        net(x, t).square().mean().backward()
+
+    flops = {}
+    for name, net in nets.items():
+        with FlopCounterMode(display=False) as counter:
+            work(net)
+        flops[name] = counter.get_total_flops()
+    runners = {"": lambda: torch.mm(a, b)} | {name: lambda net=net: work(net) for name, net in nets.items()}
+    times = race(runners, device, rounds) if nets else {}
+    return {name: {"unet share": flops[name] / (2 * side**3) / ratio(times[name], times[""]),
+                   "unet ratio": ratio(times[name], times[""]) / len(x),
+                   "unet images/s": len(x) / min(times[name]),
+                   "unet parameters": sum(p.numel() for p in net.parameters()) / 1e6}
+            for name, net in nets.items()}
+
+
 def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[str, float]]:
     """All figures of all entrants."""
     rounds, out = (3 if quick else 15), {name: counts(c, device) for name, c in entrants.items()}
@@ -336,6 +363,7 @@ def figures(entrants: dict, device: str, quick: bool = False) -> dict[str, dict[
         training(entrants, device, 3 * rounds, UNet, "U-Net", 1),
         destruction(entrants, device, rounds),
         bounds(entrants, device, rounds),
+        unets(entrants, device, few),
         text(entrants, device, few, 4, "text"),
         text(entrants, device, few, 4, "text, logits given", give_logits=True),
         text(entrants, device, 1, 64, "text, 64 rows") if not quick and free_memory(device) > 12e9 else {},

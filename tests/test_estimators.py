@@ -1,7 +1,7 @@
 """The estimators of the objective against normal densities written out, the bound, and each other."""
 import pytest
 import torch
-from conftest import close, full, normal, per_row, refuses, rng, same_mean
+from conftest import close, full, normal, per_row, refuses, rng, same_mean, unhooked
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
@@ -11,7 +11,7 @@ from udm_book.elbo import elbo
 from udm_book.estimators import (one_noise_loss, pair, pair_loss, path_loss, rotate, single_loss, step_entropy,
                                  two_noise_loss)
 from udm_book.hot import Hot
-from udm_book.objective import network_loss
+from udm_book.objective import Loss, network_loss
 from udm_book.parameterization import EPS, ONE_STEP, Denoiser
 from udm_book.posterior import Dirac, Gaussian
 from udm_book.schedule import Schedule
@@ -86,7 +86,7 @@ def test_single_is_the_divergence_plus_the_entropy_and_a_likelihood_at_1(betas, 
     chain, tt = Chain(betas, t), full(x0, t)
     xt = chain.bar[t].sqrt() * x0 + (1 - chain.bar[t]).sqrt() * noise
     p, (mean, var, _) = chain.model(xt), chain.bayes(x0, xt)
-    got, entropy = single_loss(F, guess, x0, tt, noise=noise), step_entropy(F, x0, tt)
+    got, entropy = single_loss(F, guess, x0, tt, eps=noise), step_entropy(F, x0, tt)
     if t == 1:
         close(got, -T * rows(p.log_prob(x0)), T * SIZE)
         assert torch.equal(entropy, torch.zeros(shape[0], dtype=torch.float64))
@@ -106,9 +106,9 @@ def test_averages_over_the_hidden_noise(betas, seed, shape):
         noise = torch.stack(rotate(F, tt, eps, torch.full_like(eps, node)))
         likelihood = likelihood + weight * pair_loss(F, guess, x0, tt, noise=noise)
         square = square + weight * two_noise_loss(F, net, x0, tt, noise=noise)
-    close(single_loss(F, guess, x0, tt, noise=eps), likelihood, len(betas) * SIZE)
+    close(single_loss(F, guess, x0, tt, eps=eps), likelihood, len(betas) * SIZE)
     rho2 = F.schedule.beta[t] / F.schedule.sigma[t] ** 2
-    close(rho2 * one_noise_loss(F, net, x0, tt, noise=eps) + x0[0].numel() * (1 - rho2), square, SIZE)
+    close(rho2 * one_noise_loss(F, net, x0, tt, eps=eps) + x0[0].numel() * (1 - rho2), square, SIZE)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -142,7 +142,7 @@ def test_su_equations_11_and_15(betas, seed, shape):
     xt = bar[t] * x0 + alpha[t - 1] * bar_beta[t - 1] * noise[0] + b[t - 1] * noise[1]
     close(two_noise_loss(F, net, x0, tt, noise=noise), rows((noise[1] - net(xt, tt)) ** 2), SIZE)
     ratio = bar_beta[t] / b[t - 1]
-    close(one_noise_loss(F, net, x0, tt, noise=eps), rows((eps - ratio * net(bar[t] * x0 + bar_beta[t] * eps, tt)) ** 2), SIZE)
+    close(one_noise_loss(F, net, x0, tt, eps=eps), rows((eps - ratio * net(bar[t] * x0 + bar_beta[t] * eps, tt)) ** 2), SIZE)
 
 
 @given(betas, seeds, shapes)
@@ -183,7 +183,8 @@ def test_everything_is_drawn_from_the_generator(loss):
     t = {} if loss is path_loss else {"t": torch.randint(1, 9, (6,), generator=g)}
     n = 8 if loss is path_loss else 2 if loss in (pair_loss, two_noise_loss) else 1
     noise = torch.stack([torch.randn(6, 2, generator=g, dtype=torch.float64) for _ in range(n)])
-    want = loss(F, f, x0, **t, noise=noise if n > 1 else noise[0])
+    def drawn(noise): return {"eps" if loss in (single_loss, one_noise_loss) else "noise": noise}
+    want = loss(F, f, x0, **t, **drawn(noise if n > 1 else noise[0]))
     assert torch.equal(loss(F, f, x0, generator=rng(5, "cpu")), want)
     assert torch.equal(state, torch.get_rng_state()) and want.shape == (6,)
 
@@ -198,18 +199,28 @@ def test_times_are_uniform_from_1_to_T(loss):
     same_mean(torch.nn.functional.one_hot(seen[0], 10).double(), torch.tensor([0.0] + 8 * [1 / 8] + [0.0]).double())
 
 
+@pytest.mark.parametrize("loss", [single_loss, one_noise_loss])
+def test_losses_of_one_noise_are_objectives(loss):
+    F, x0, f = Hot(SCHEDULE), normal(6, 2, device="cpu"), net if loss is one_noise_loss else guess
+    with unhooked():                                                                # `net` is a function, not a module
+        objective = Loss(F, f, loss)
+        t, weight, eps = draws = objective.draw(x0, rng(5, "cpu"))
+        assert torch.equal(objective(x0, draws), loss(F, f, x0, t, eps=eps)) and (weight == 1).all()
+
+
 @pytest.mark.parametrize("loss", LOSSES + NOISE)
 def test_float32_types_conditions_and_gradients(loss):
     F, x0 = Hot(SCHEDULE), normal(5, 1, 2, 2, device="cpu")
     f, shape = net if loss in NOISE else guess, (8, *x0.shape) if loss is path_loss else (2, *x0.shape)
     noise = normal(*shape, seed=9, device="cpu")
     noise = noise if loss in (path_loss, pair_loss, two_noise_loss) else noise[0]
+    def drawn(noise): return {"eps" if loss in (single_loss, one_noise_loss) else "noise": noise}
     t = {} if loss is path_loss else {"t": torch.tensor([1, 2, 4, 7, 8])}
-    wide, narrow = loss(F, f, x0, **t, noise=noise), loss(F, f, x0.float(), **t, noise=noise.float())
+    wide, narrow = loss(F, f, x0, **t, **drawn(noise)), loss(F, f, x0.float(), **t, **drawn(noise.float()))
     assert narrow.dtype == torch.float32
     close(narrow, wide, 8 * SIZE, dtype=torch.float32)
     shift = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    moved = loss(F, f, x0, **t, noise=noise, shift=shift)
+    moved = loss(F, f, x0, **t, **drawn(noise), shift=shift)
     assert (moved != wide).all() and torch.autograd.grad(moved.sum(), shift)[0] != 0
     assert step_entropy(F, x0.float(), torch.tensor([1, 2, 4, 7, 8])).dtype == torch.float32
 
@@ -244,9 +255,9 @@ CASES = {
     "two noises of another shape": (
         V, lambda: two_noise_loss(F8, net, DATA, noise=torch.zeros(2, 3, 1)), r"2 noises shaped as x0, \(2, 3, 2\)", r"\(2, 3, 1\)"),
     "a noise that would broadcast": (
-        V, lambda: single_loss(F8, guess, DATA, noise=DATA[:, :1]), r"eps shaped as x0, \(3, 2\)", r"\(3, 1\)"),
+        V, lambda: single_loss(F8, guess, DATA, eps=DATA[:, :1]), r"eps shaped as x0, \(3, 2\)", r"\(3, 1\)"),
     "a noise that would broadcast for Su": (
-        V, lambda: one_noise_loss(F8, net, DATA, noise=DATA[:, :1]), r"eps shaped as x0, \(3, 2\)", r"\(3, 1\)"),
+        V, lambda: one_noise_loss(F8, net, DATA, eps=DATA[:, :1]), r"eps shaped as x0, \(3, 2\)", r"\(3, 1\)"),
 } | {
     f"{loss.__name__} at {what}": (V, lambda loss=loss, t=t: loss(F8, net if loss in NOISE else guess, DATA, t), expected, came)
     for loss in (pair_loss, single_loss, *NOISE)

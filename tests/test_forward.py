@@ -5,7 +5,7 @@ from conftest import DEVICE, rng, same_mean
 from hypothesis import given
 from strategies import dtypes, seeds, shapes
 
-from udm_book.forward import Forward, check_rows, check_t, normal_like
+from udm_book.forward import Forward, check_rows, check_t, normal_like, uniform_like
 from udm_book.hot import Hot
 from udm_book.schedule import Schedule
 
@@ -17,9 +17,25 @@ def test_normal_like_takes_shape_dtype_and_stream(shape, dtype, seed):
     assert a.dtype == dtype and torch.equal(a, b)
 
 
+@given(shapes, dtypes, seeds)
+def test_uniform_like_is_float64_whatever_it_is_shaped_like(shape, dtype, seed):
+    x = torch.zeros(shape, dtype=dtype, device=DEVICE)
+    a, b = uniform_like(x, rng(seed)), torch.rand(shape, generator=rng(seed), dtype=torch.float64, device=DEVICE)
+    assert torch.equal(a, b) and torch.equal(a, uniform_like(x.long(), rng(seed)))
+    torch.manual_seed(seed)
+    a = uniform_like(x)
+    torch.manual_seed(seed)
+    assert torch.equal(a, uniform_like(x)) and a.dtype == torch.float64 and a.device == x.device
+
+
 def test_normal_like_is_standard_normal():
     x = normal_like(torch.zeros(100_000, 1, dtype=torch.float64, device=DEVICE), rng(0))
     same_mean(torch.cat([x, x**2, x**4], 1), torch.tensor([0.0, 1.0, 3.0], device=DEVICE))
+
+
+def test_the_end_of_data_is_their_state_at_T():
+    F, x0 = Hot(Schedule.linear(9)), torch.ones(3, 2)
+    assert torch.equal(F.sample_end(x0, generator=rng(4, "cpu")), F.sample(x0, torch.tensor([9, 9, 9]), generator=rng(4, "cpu")))
 
 
 def test_sample_is_the_map_at_drawn_noise():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import dtypes, seeds, shapes
 from torch.nn import functional as fn
 
-from udm_book.posterior import Categorical, Dirac, Gaussian, Laplace, LazyCategorical, Posterior, inverse_cdf, per_row
+from udm_book.posterior import Categorical, Dirac, Gaussian, Laplace, LazyCategorical, Posterior, inverse_cdf, per_row, tokenwise
 
 N = 100_000
 FIVE = 5.7e-7                                                               # beyond five standard errors of a normal law
@@ -48,6 +48,15 @@ def test_nll_is_the_log_density_of_torch(name, shape, dtype, seed):
         ref = torch.distributions.Normal(m, v.sqrt()) if name == "gaussian" else torch.distributions.Laplace(m, v)
         off = 1 + (x - m).abs()                                                     # a term is at most off² / v + 4
         close(LAWS[name](m, v).nll(x), per_row(-ref.log_prob(x)), per_row(off.square() / v + 4))
+
+
+@given(shape=shapes, dtype=dtypes, seed=seeds)
+def test_a_number_as_scale_is_a_tensor_of_that_number(shape, dtype, seed):
+    m, x = normal(*shape, seed=seed, dtype=dtype, device="cpu"), normal(*shape, seed=seed + 1, dtype=dtype, device="cpu")
+    laws = [Laplace(m, scale) for scale in (0.3, torch.tensor(0.3, dtype=dtype))]
+    assert laws[0].scale.dtype == dtype and Laplace(m, 2).scale == 2
+    assert torch.equal(*[law.nll(x) for law in laws])
+    assert torch.equal(*[law.sample(generator=rng(seed, "cpu")) for law in laws])
 
 
 def test_dirac_is_one_point_with_the_squared_error():
@@ -254,6 +263,9 @@ def draw(logits): return Categorical(torch.tensor(logits)).sample()
 
 
 CASES = {
+    "tokens that are not independent": (TypeError, lambda: tokenwise(Dirac(torch.zeros(2, 1))), "Categorical or LazyCategorical", "Dirac"),
+    "a scale of 0": (ValueError, lambda: Laplace(torch.zeros(2, 1), 0.0), "a scale above 0", "0.0"),
+    "a scale that is no number": (ValueError, lambda: Laplace(torch.zeros(2, 1), nan), "a scale above 0", "nan"),
     "a logit that is NaN": (ValueError, lambda: draw([[0.0, nan], [0.0, 1.0]]), "logits that are not NaN", "1 positions without a law"),
     "a logit that is infinite": (ValueError, lambda: draw([[0.0, inf]]), "logits that are not NaN", "1 positions without a law"),
     "only impossible tokens": (ValueError, lambda: draw([[[-inf] * 3, [0.0] * 3]] * 2), "one of them above -inf", "2 positions without a law"),

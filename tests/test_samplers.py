@@ -14,6 +14,7 @@ from torch import nn
 from udm_book.elbo import normal_kl, reverse_law
 from udm_book.forward import row
 from udm_book.hot import Hot, ddim, ddpm, markov_rho
+from udm_book.objective import Loss
 from udm_book.oracle import Mixture, Oracle
 from udm_book.parameterization import EPS, X0, Denoiser, V
 from udm_book.posterior import Categorical, Dirac, Gaussian, Laplace
@@ -322,13 +323,15 @@ def test_hybrid_loss_is_two_parts_and_the_second_leaves_the_mean_alone():
     simple = (net.y - learned.target(x0, eps, t)).square().mean((1, 2))
     bound = learned.bound((x0 - learned(xt, t, s).mean).square(), net.raw / 2 + 0.5, t, s).mean((1, 2))
     for weight in 0.0, 2.5, None:
-        got = hybrid_loss(F, learned, x0, t, s, weight=weight, generator=rng(4, "cpu"))
+        got = hybrid_loss(F, learned, x0, t, s=s, weight=weight, generator=rng(4, "cpu"))
         close(got, simple + (0.012 if weight is None else weight) * bound, 100 * (1 + bound.abs()))
         grads = torch.autograd.grad(got.sum(), (net.y, net.raw))
         close(grads[0], torch.autograd.grad(simple.sum(), net.y, retain_graph=True)[0], 100)
         assert (grads[1].abs().sum() > 0) == (weight != 0)
     neighbours = hybrid_loss(F, learned, x0, t, generator=rng(4, "cpu"))
-    close(neighbours, hybrid_loss(F, learned, x0, t, t - 1, generator=rng(4, "cpu")))
+    objective = Loss(F, learned, hybrid_loss, times=lambda F, n, generator: (t, torch.ones(n)))
+    assert torch.equal(neighbours, objective(x0, objective.draw(x0, rng(4, "cpu"))))
+    close(neighbours, hybrid_loss(F, learned, x0, t, s=t - 1, generator=rng(4, "cpu")))
 
 
 def test_hybrid_loss_draws_times_from_1_to_T_and_passes_conditions_on():

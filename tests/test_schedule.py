@@ -82,6 +82,22 @@ def test_parameters_of_the_constructors_are_used():
     assert Schedule.cosine(10, offset=0.1).beta[1].item() == pytest.approx(first, rel=1e-12)
 
 
+@pytest.mark.parametrize("mean, std, low, high", [(-0.4, 1.2, 0.03, 25.0), (0.5, 2.0, 0.1, 3.0)])
+def test_lognormal_noise_lies_at_even_quantiles(mean, std, low, high):
+    schedule, law = Schedule.lognormal(T, mean, std, low, high), lambda v: mp.ncdf((mp.log(v) - mean) / std)
+    ratio = (schedule.sigma / schedule.alpha)[1:]
+    close(ratio[[0, -1]], [low, high], 1000)             # the quantile near 1 magnifies roundings
+    shares = torch.tensor([float((law(mp.mpf(r.item())) - law(low)) / (law(high) - law(low))) for r in ratio], dtype=torch.float64)
+    close(shares, torch.linspace(0, 1, T, dtype=torch.float64), 50)
+
+
+def test_lognormal_defaults_are_those_of_edm():
+    ratio = (lambda s: s.sigma / s.alpha)(Schedule.lognormal(999))
+    assert ratio[[1, -1]].tolist() == pytest.approx([0.03, 25.0], rel=1e-12)
+    below = torch.special.ndtr((torch.tensor([0.03, 25.0], dtype=torch.float64).log() + 0.4) / 1.2)
+    assert ratio[500].log().item() == pytest.approx(-0.4 + 1.2 * torch.special.ndtri(below.mean()).item(), rel=1e-12)
+
+
 def test_prior_kl_is_the_divergence_of_two_normal_laws():
     schedule, m = Schedule.su(100), 1.3
     a, s = schedule.alpha[-1], schedule.sigma[-1]

@@ -1,4 +1,5 @@
 """Text: counted laws against loops, times by their chances, writing step by step, and the study as users run it."""
+import importlib.util
 import json
 import math
 import os
@@ -16,14 +17,19 @@ from udm_book import finite
 from udm_book.data import Lines
 from udm_book.edit import EditDifferent, restore
 from udm_book.mask import AtRate, Exactly, Mask, Reveal, bound_loss, randomly
-from udm_book.objective import nll
+from udm_book.objective import Loss, nll
 from udm_book.posterior import LazyCategorical
-from udm_book.text import Grams, Sharper, bits_per_character, longest_copy, root_times, study, token_model, unfold, ways, write
+from udm_book.text import Grams, Sharper, bits_per_character, longest_copy, root_times, token_model, unfold, ways, write
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("text_tool", ROOT / "tools" / "text.py")
+TOOL = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TOOL)
+study = TOOL.study
 G = rng(device="cpu")
 
 
+def take(draws, rows): return draws[rows] if isinstance(draws, torch.Tensor) else tuple(take(d, rows) for d in draws)
 def tokens(n, l, vocab, seed=0): return torch.randint(0, vocab, (n, l), generator=rng(seed, "cpu"))
 
 
@@ -91,9 +97,9 @@ def test_a_model_starts_with_the_frequencies():
     seen = torch.bincount(x.flatten(), minlength=5) + 1.0
     for xt in tokens(2, 4, 6, 1), torch.full((2, 4), 5):
         close(model(xt, torch.tensor([1, 4])).mean, (seen / seen.sum()).expand(2, 4, 5), 10, dtype=torch.float32)
-    assert [layer.heads for layer in model.body.layers[:-1]] == [2] and model.body.token.num_embeddings == 6
-    assert [layer.heads for layer in token_model(x, 5, 8).body.layers[:-1]] == [1, 1]
-    assert token_model(x, 5, 62, 1).body.layers[0].heads == 1 and token_model(x, 5).body.place.shape == (4, 64)
+    assert [layer.look.heads for layer in model.body.layers[:-1]] == [2] and model.body.token.num_embeddings == 6
+    assert [layer.look.heads for layer in token_model(x, 5, 8).body.layers[:-1]] == [1, 1]
+    assert token_model(x, 5, 62, 1).body.layers[0].look.heads == 1 and token_model(x, 5).body.place.shape == (4, 64)
     def rates(**more): return {m.p for m in token_model(x, 5, 8, **more).modules() if isinstance(m, torch.nn.Dropout)}
     assert rates(dropout=0.3) == {0.3} and rates() == {0}
 
@@ -106,11 +112,15 @@ def test_times_have_chances_like_one_over_root_t_and_weights_undo_them():
     assert t.dtype == torch.int64 and t.min() == 1 and t.max() == 4 and weight.dtype == torch.float32
     assert (abs(t.bincount(minlength=5)[1:] - 1e4 * p) <= 1).all()              # a comb: evenly, but for one tooth
     close(weight, 1 / (4 * p[t - 1]), 2, dtype=torch.float32)
-    draws = torch.stack([root_times(F, 3, G)[0] for _ in range(1000)])
-    for tooth in range(4):                                                      # each third of the teeth has its own part of the law
-        share = (draws == tooth + 1).double().mean()
-        assert abs(share - p[tooth]) < 5 * math.sqrt(p[tooth] / 3000)
-    assert (draws.diff(dim=1) >= 0).all() and len({tuple(d) for d in draws.tolist()}) > 1
+    draws = torch.stack([root_times(F, 3, G)[0] for _ in range(2000)])
+    for row in draws.T:                                                         # each row by itself has the law p
+        share = row.bincount(minlength=5)[1:] / 2000
+        assert (abs(share - p) < 5 * (p * (1 - p) / 2000).sqrt()).all()
+    turned = [sum(a > b for a, b in zip(d, d[1:] + d[:1])) for d in draws.tolist()]     # a comb on a circle: one way down, or all are equal
+    assert set(turned) == {0, 1} or set(turned) == {1}
+    if torch.cuda.is_available():
+        there, weight = root_times(F, 5, rng(device="cuda"))
+        assert there.is_cuda and weight.is_cuda
     G40 = Mask(2, Exactly(40))
     assert len({tuple(root_times(G40, 3, rng(7, "cpu"))[0].tolist()) for _ in range(5)}) == 1
 
@@ -122,10 +132,29 @@ def test_what_each_way_minimises():
     torch.nn.init.normal_(model.head.weight)
     F, kernel, loss = both["mask"]
     assert isinstance(F, Mask) and isinstance(kernel, Reveal) and kernel.order is randomly and F.vocab == 5 and F.T == 4
-    assert torch.equal(loss(model, x, t, rng(1, "cpu")), bound_loss(F, model, x, t, kernel=Reveal(), generator=rng(1, "cpu")))
+    eps = F.sample_noise(x, generator=rng(1, "cpu"))
+    assert torch.equal(loss(F, model, x, t, eps), bound_loss(F, model, x, t, kernel=Reveal(), generator=rng(1, "cpu")))
+    assert torch.equal(loss(F, model, x, t, generator=rng(1, "cpu")), loss(F, model, x, t, eps))
     F, kernel, loss = both["edit"]
     assert isinstance(F, EditDifferent) and kernel is restore and F.vocab == 5 and F.T == 4
-    assert torch.equal(loss(model, x, t, rng(1, "cpu")), nll(F, model, x, t, generator=rng(1, "cpu")))
+    eps = F.sample_noise(x, generator=rng(1, "cpu"))
+    assert torch.equal(loss(F, model, x, t, eps), nll(F, model, x, t, generator=rng(1, "cpu")))
+
+
+def test_ways_are_objectives():
+    "Times by their chances, noise of the family, losses weighed: the same draws as by hand."
+    x = tokens(6, 4, 5)
+    torch.manual_seed(0)
+    model = token_model(x, 5, 16, 1)
+    torch.nn.init.normal_(model.head.weight)
+    for F, _, loss in ways(5, 4).values():
+        objective = Loss(F, model, loss, times=root_times)
+        draws = objective.draw(x, rng(1, "cpu"))
+        g = rng(1, "cpu")
+        t, weight = root_times(F, 6, g)
+        assert torch.equal(objective(x, draws), weight * loss(F, model, x, t, generator=g))
+        half = [objective(x[i], tuple(take(d, i) for d in draws)) for i in (slice(3), slice(3, 6))]
+        close(torch.cat(half), objective(x, draws), 20, dtype=torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -271,9 +300,8 @@ def test_no_line_of_the_file_is_reported():
 
 def test_a_study_takes_the_time_that_it_is_given(monkeypatch):
     "A clock that says each of the timed steps takes a second."
-    from udm_book import text
     ticks = iter(range(0, 1000, 4))
-    monkeypatch.setattr(text.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(TOOL.time, "perf_counter", lambda: float(next(ticks)))
     report = study(small(), "small", 0.25, width=16, depth=1, batch=4, passes=1e9, draws=1, texts=1, say=lambda text: None)
     assert (report["mask"]["steps"], report["edit"]["steps"]) == (8, 5)                    # 9 and 6 seconds, 1.1 for a step
     monkeypatch.undo()
@@ -321,8 +349,12 @@ CASES = {
     "no frames": (ValueError, lambda: unfold([]), "frames of one length", r"\[\]"),
     "empty frames": (ValueError, lambda: unfold(["", ""]), "frames of one length, at least 1", r"\[0\]"),
     "rows of nothing": (ValueError, lambda: unfold(["ab"], row=0), "rows of at least 1 character", "0"),
+}
+test_the_message_says_what_was_expected_and_what_came = refuses(CASES)
+
+TOOL_CASES = {
     "no time": (ValueError, lambda: study(small(), "small", 0.0), "minutes above 0", "0.0"),
     "a time that is no number": (ValueError, lambda: study(small(), "small", math.nan), "minutes above 0", "nan"),
     "one line held out": (ValueError, lambda: study(small()._replace(held_out=X[:1]), "small"), "at least two lines held out", "1"),
 }
-test_the_message_says_what_was_expected_and_what_came = refuses(CASES)
+test_the_message_of_the_tool_says_so_too = refuses(TOOL_CASES)

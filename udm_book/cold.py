@@ -65,15 +65,14 @@ class Cold(Forward):
     def prior(self, like: Float[Tensor, "b *d"], *,
               generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
         "`q(x_T)` for the data `like`: what is left at T has a law of its own, which only data show."
-        t = torch.full((len(like),), self.T, device=like.device)
-        return self.sample(like, t, generator=generator)
+        return self.sample_end(like, generator=generator)
 
 # %% ../nbs/21_cold.ipynb #exp-restorer
 class Restorer(nn.Module):
     """A network that guesses `x0` from `(xt, t)`, with the law `law(guess)` around it.
 
-    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` with a tensor
-    for the L1 objective (statement udm.14).
+    `Dirac` for sampling and least squares (the default), `partial(Laplace, scale=…)` for
+    the L1 objective (statement udm.14).
     """
     def __init__(self, net: Callable, law: Callable[[Tensor], Posterior] = Dirac):
         super().__init__()

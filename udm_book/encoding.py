@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .elbo import bridge, data_nll, prior_kl, step_kl
+from .elbo import data_nll, noisy_bridge, prior_kl, step_kl
 from .forward import Forward, normal_like, row
 from .hot import Hot, ddpm
 from .posterior import Dirac, Posterior, per_row
@@ -126,9 +126,7 @@ def code_kl(F: Encoded, posterior: Posterior, z: Float[Tensor, "b *code"], xt: F
     """
     law = push(F.encoder, posterior)
     if isinstance(kernel, MeanCode): law, kernel = Dirac(law.mean), kernel.kernel
-    a, _, c = bridge(F.codes, kernel, t, s)
-    if not (c > 0).all():
-        raise ValueError(f"expected a kernel that adds noise; got {kernel!r}, which adds none")
+    a, _, c = noisy_bridge(F.codes, kernel, t, s)
     if not isinstance(law, Spread): return step_kl(F.codes, law, z, xt, t, s, kernel)
     charge = row((a / c).square() / 2, law.var) * law.var
     return step_kl(F.codes, Dirac(law.mean), z, xt, t, s, kernel) + charge

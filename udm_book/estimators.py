@@ -17,7 +17,7 @@ from torch import Tensor
 from .elbo import reverse_law
 from .forward import row
 from .hot import Hot, ddpm, markov_rho
-from .objective import draw_times
+from .objective import draw_times, noised
 from .posterior import Gaussian, per_row
 from .reverse import ask
 
@@ -77,15 +77,14 @@ def pair_loss(F: Hot, denoiser: Callable, x0: Float[Tensor, "b *d"],
 
 # %% ../nbs/13_estimators.ipynb #exp-single
 def single_loss(F: Hot, denoiser: Callable, x0: Float[Tensor, "b *d"],
-                t: Int[Tensor, " b"] | None = None, *, noise: Float[Tensor, "b *d"] | None = None,
+                t: Int[Tensor, " b"] | None = None, eps: Float[Tensor, "b *d"] | None = None, *,
                 generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
     """`pair_loss` with x_{t-1} integrated out, in nats: one draw, one call (slides.J1).
 
     T times the cross-entropy of `q(x_{t-1} | x_t, x0)` and the model's step: for t >= 2 the KL
     divergence plus `step_entropy`, at t = 1 `-log p(x_0 | x_1)`.
     """
-    t = draw_times(F, x0, t, generator)
-    xt = F(x0, t, F.sample_noise(x0, generator=generator) if noise is None else noise)
+    t, _, xt = noised(F, x0, t, eps, generator)
     q, p = F.step_posterior(x0, xt, t, t - 1), model_step(F, denoiser, xt, t, cond)
     return F.T * (p.nll(q.mean) + per_row((q.var / p.var).expand_as(x0)) / 2)
 
@@ -118,14 +117,13 @@ def rotate(F: Hot, t: Int[Tensor, " b"], earlier: Float[Tensor, "b *d"],
 
 # %% ../nbs/13_estimators.ipynb #exp-one-noise
 def one_noise_loss(F: Hot, net: Callable, x0: Float[Tensor, "b *d"],
-                   t: Int[Tensor, " b"] | None = None, *, noise: Float[Tensor, "b *d"] | None = None,
+                   t: Int[Tensor, " b"] | None = None, eps: Float[Tensor, "b *d"] | None = None, *,
                    generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
     """`|eps - net(x_t, t) / rho|²` for the same network (ddpm.15-final-loss).
 
     With `rho = sqrt(beta_t) / sigma_t`, `rho² one_noise_loss + d (1 - rho²)` has the mean of
     `two_noise_loss` (ddpm.14-integrate-omega).
     """
-    t = draw_times(F, x0, t, generator)
-    eps = F.sample_noise(x0, generator=generator) if noise is None else noise
+    t, eps, xt = noised(F, x0, t, eps, generator)
     rho = row(markov_rho(F.schedule, t, t - 1), x0)
-    return per_row((eps - net(F(x0, t, eps), t, **cond) / rho).square())
+    return per_row((eps - net(xt, t, **cond) / rho).square())

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .forward import check_rows, normal_like
+from .forward import check_rows, normal_like, uniform_like
 from .posterior import Categorical, Posterior, inverse_cdf
 from .schedule import Schedule
 
@@ -58,8 +58,7 @@ class MixturePosterior(Posterior):
         return within + torch.einsum("bk,bki,bkj->bij", w, off, off)
 
     def sample(self, *, generator: torch.Generator | None = None) -> Float[Tensor, "b *d"]:
-        u = torch.rand(len(self.means), generator=generator, dtype=torch.float64, device=self.means.device)
-        k = inverse_cdf(self.log_weights.exp(), u)
+        k = inverse_cdf(self.log_weights.exp(), uniform_like(self.log_weights[:, 0], generator))
         rows = torch.arange(len(k), device=k.device)
         noise = self.var[rows, k].sqrt() * normal_like(self.means[:, 0], generator)
         return (self.means[rows, k] + torch.einsum("bij,bj->bi", self.basis[k], noise)).reshape(-1, *self.shape)
@@ -219,8 +218,7 @@ class Table(Posterior):
         return Categorical(self.mean.log())
 
     def sample(self, *, generator: torch.Generator | None = None) -> Int[Tensor, "b l"]:
-        u = torch.rand(len(self.probs), generator=generator, dtype=torch.float64, device=self.probs.device)
-        return self.states[inverse_cdf(self.probs, u)]
+        return self.states[inverse_cdf(self.probs, uniform_like(self.probs[:, 0], generator))]
 
     def nll(self, x0: Int[Tensor, "b l"]) -> Float[Tensor, " b"]:
         same = (x0[:, None] == self.states).all(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .forward import Forward, row
 from .hot import Hot, ddpm
 from .oracle import Mixture
-from .objective import draw_times
+from .objective import noised
 from .parameterization import Denoiser, Parameterization
 from .posterior import Dirac, Gaussian, Laplace, Posterior
 from .reverse import Kernel, Wrapper, ask, check_run, clock, coefficients, reverse
@@ -142,14 +142,14 @@ class LearnedVariance(Denoiser):
 
 # %% ../nbs/16_samplers.ipynb #exp-hybrid
 def hybrid_loss(F: Hot, denoiser: LearnedVariance, x0: Float[Tensor, "b c *d"],
-                t: Int[Tensor, " b"] | None = None, s: Int[Tensor, " b"] | None = None, *,
-                weight: float | None = None, generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
+                t: Int[Tensor, " b"] | None = None, eps: Float[Tensor, "b c *d"] | None = None, *,
+                s: Int[Tensor, " b"] | None = None, weight: float | None = None,
+                generator: torch.Generator | None = None, **cond) -> Float[Tensor, " b"]:
     """Squared error of the network's answer plus `weight` times the term of the bound, means over entries.
 
     No gradient reaches the mean through the second. Default: t uniform on 1..T, s = t - 1, weight T / 1000.
     """
-    t = draw_times(F, x0, t, generator)
-    xt = F(x0, t, eps := F.sample_noise(x0, generator=generator))
+    t, eps, xt = noised(F, x0, t, eps, generator)
     y, nu = denoiser.heads(xt, t, **cond)
     error = (x0 - denoiser.centre(xt, t, y.detach())).square()
     bound = denoiser.bound(error, nu, t, t - 1 if s is None else s)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'PLAY', 'bits_per_character', 'Grams', 'token_model', 'root_times', 'Way', 'ways', 'write', 'unfold',
-           'Sharper', 'longest_copy', 'study']
+           'Sharper', 'longest_copy']
 
 # %% ../nbs/32_text.ipynb #exp-imports
-import hashlib, json, math, re, time, unicodedata
+import hashlib, json, math, re, unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import NamedTuple
 
@@ -16,15 +17,12 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from .data import Lines
 from .edit import EditDifferent, restore
-from .elbo import elbo
 from .mask import Exactly, Mask, Reveal, Tokens, bound_loss
 from .network import TokenDenoiser, Transformer
-from .objective import nll
+from .objective import comb, nll
 from .posterior import LazyCategorical, inverse_cdf
 from .reverse import Wrapper, reverse
-from .train import fit
 
 # %% ../nbs/32_text.ipynb #exp-bits
 def bits_per_character(nats: Float[Tensor, " b"], length: int) -> Float[Tensor, " b"]:
@@ -90,17 +88,17 @@ def root_times(F: Tokens, n: int, generator: torch.Generator | None = None
                ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """n times drawn with chances `p(t)` in proportion to `1/√t`, and the weights `1 / (T p(t))` of their losses.
 
-    They are spread evenly, by a comb of n teeth with a random shift; each by itself has the law p.
+    They are spread evenly, by a `comb`; each by itself has the law p.
     """
-    p = torch.arange(1, F.T + 1, dtype=torch.float64).rsqrt()
+    u = comb(n, generator)
+    p = torch.arange(1, F.T + 1, device=u.device, dtype=torch.float64).rsqrt()
     p = p / p.sum()
-    shift = torch.rand(1, generator=generator, dtype=torch.float64)
-    t = inverse_cdf(p.expand(n, -1), (shift + torch.arange(n)) / n)
+    t = inverse_cdf(p.expand(n, -1), u)
     return t + 1, (1 / (F.T * p[t])).float()
 
 # %% ../nbs/32_text.ipynb #exp-ways
 class Way(NamedTuple):
-    "A family, the steps that write, and `loss(denoiser, x0, t, generator)`, nats of each row, to be minimised."
+    "A family, the steps that write, and `loss(F, denoiser, x0, t, eps)`, nats of each row, to be minimised."
     F: Tokens
     kernel: Callable
     loss: Callable
@@ -108,9 +106,7 @@ class Way(NamedTuple):
 def ways(vocab: int, length: int) -> dict[str, Way]:
     "Masks, trained by their bound, and edits, by the likelihood of the guess; both move one token in each step."
     hidden, wrong, reveal = Mask(vocab, Exactly(length)), EditDifferent(vocab, Exactly(length)), Reveal()
-    def bound(denoiser, x0, t, g): return bound_loss(hidden, denoiser, x0, t, kernel=reveal, generator=g)
-    def guess(denoiser, x0, t, g): return nll(wrong, denoiser, x0, t, generator=g)
-    return {"mask": Way(hidden, reveal, bound), "edit": Way(wrong, restore, guess)}
+    return {"mask": Way(hidden, reveal, partial(bound_loss, kernel=reveal)), "edit": Way(wrong, restore, nll)}
 
 # %% ../nbs/32_text.ipynb #exp-write
 @torch.no_grad()
@@ -197,53 +193,3 @@ def longest_copy(texts: Sequence[str], source: Sequence[str]) -> list[int]:
         lengths = [k if any(text[i:i + k] in pieces for i in range(len(text) - k + 1)) else n
                    for n, text in zip(lengths, texts)]
     return lengths
-
-# %% ../nbs/32_text.ipynb #exp-study
-def study(lines: Lines, name: str, minutes: float = 30., *, width: int = 128, depth: int = 3,
-          dropout: float = .1, batch: int = 32, lr: float = 3e-3, passes: float = 60., draws: int = 2,
-          texts: int = 20, row: int | None = None, seed: int = 0, say: Callable = print) -> dict:
-    """Train a mask and an edit model on `lines`; report their bits per character and texts that they write.
-
-    Three fifths of the time go to the mask model; none sees the lines more than `passes` times. Texts that are a
-    line, at any step, are dropped and counted. `row` is kept for whoever shows the texts.
-    ValueError for a time that is not positive and for fewer than two lines to train on or held out.
-    """
-    x, held, V, l = lines.train, lines.held_out, len(lines.vocab), lines.train.shape[1]
-    if not minutes > 0: raise ValueError(f"expected minutes above 0; got {minutes}")
-    if len(held) < 2: raise ValueError(f"expected at least two lines held out; got {len(held)}")
-    generator, grams = torch.Generator().manual_seed(seed), Grams.tuned(x, V)
-    own, known = {tuple(r) for r in torch.cat([x, held]).tolist()}, lines.decode(x)
-    def tell(what, nats):
-        bits = bits_per_character(nats, l)
-        found = dict(bits=round(bits.mean().item(), 4), error=round((bits.var() / len(bits)).sqrt().item(), 4))
-        say(f"{what}: {found['bits']:.3f} ± {found['error']:.3f} bits per character on {len(held)} held-out lines")
-        return found
-    def copied(texts): return round(sum(longest_copy(texts, known)) / max(1, len(texts)), 2)
-    report = dict(name=name, row=row, train=len(x), held_out=len(held), length=l, tokens=V,
-                  repeated=lines.repeated, unknown=round((held == 0).double().mean().item(), 5),
-                  copied=copied(lines.decode(held[:200])), unigram=tell("unigram", grams.unigram(held)),
-                  bigram=tell("bigram", grams.bigram(held)))
-    for kind, (F, kernel, loss) in ways(V, l).items():
-        model = token_model(x, V, width, depth, dropout)
-        def mean_loss(x0):
-            t, weight = root_times(F, len(x0), generator)
-            return weight * loss(model, x0, t, generator) / l
-        batch = min(batch, len(x))
-        start = time.perf_counter()
-        for _ in range(4): mean_loss(x[:batch]).mean().backward()
-        each = 1.1 * (time.perf_counter() - start) / 4              # the optimizer takes its part
-        seconds = 60 * minutes * (.6 if kind == "mask" else .4)
-        steps = max(1, min(int(seconds / each), math.ceil(passes * len(x) / batch)))
-        say(f"{kind}: {steps} steps of {batch} lines")
-        model, _ = fit(model, mean_loss, x, steps, batch=batch, lr=lr, generator=generator)
-        def bound(): return elbo(F, model, held, kernel=kernel, chunk=64, generator=generator, progress=True).total
-        found = dict(tell(kind, sum(bound() for _ in range(draws)) / draws), steps=steps,
-                     passes=round(steps * batch / len(x), 1), written={}, dropped=0)
-        for temperature in (1., .7):
-            states = write(F, Sharper(model, temperature), texts, l, kernel, generator)
-            keep = [i for i in range(texts) if not own & {tuple(r) for r in states[:, i].tolist()}]
-            new, frames = lines.decode(states[-1, keep]), [lines.decode(states[:, i]) for i in keep[:1]]
-            found["written"][str(temperature)] = dict(texts=new, copied=copied(new), frames=frames)
-            found["dropped"] += texts - len(keep)
-        report[kind] = found
-    return report
