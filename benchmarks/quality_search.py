@@ -29,11 +29,12 @@ def entry(name, title, steps=1600, samplers=None, **changes):
 
 
 # 1,600 steps are the 250 passes of the recipe over these digits.
-SAMPLERS = {"10 steps": dict(steps=10), "60 steps": dict(steps=60), "no fresh noise": dict(kernel="ddim"), "even steps in σ/α to the power 1/3": dict(rho=3.0)}
+SAMPLERS = {"10 steps": dict(steps=10), "60 steps": dict(steps=60), "no fresh noise": dict(kernel="ddim"), "steps even in (σ/α)^(1/7)": dict(rho=7.0)}
 entry("recipe", "the recipe", samplers=SAMPLERS)
 entry("longer", "the recipe of five minutes: width 48, dropout 0.2", **LONGER)
 entry("long", "the recipe, 750 passes", 4800)
 entry("no dropout", "no dropout", 2400, dropout=0.0)
+entry("dropout 0.1", "dropout 0.1", dropout=0.1)
 entry("cosine", "cosine schedule, even times", schedule="cosine")
 entry("slow", "learning rate 0.001", lr=1e-3)
 entry("wide", "width 48", width=48)

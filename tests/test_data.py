@@ -24,7 +24,6 @@ from udm_book.data import (
     from_bytes,
     mmd,
     nearest_distance,
-    parts,
     read_image,
     save_grid,
     save_images,
@@ -328,7 +327,8 @@ def test_the_usual_picture_is_in_colour():
         image_of(picture(4, 4, 3)).save(place / "a.png")
         assert read_image(place / "a.png", 1).shape == ImageFolder(place, 1)[0].shape == (3, 1, 1)
     in_folder(call)
-    assert inspect.signature(ImageFolder).parameters["cache"].default == 2**30
+    usual = inspect.signature(ImageFolder).parameters
+    assert usual["cache"].default == 2**30 and usual["progress"].default is False
 
 
 # -------------------------------------------------------------------------------------------------------------- a folder
@@ -487,13 +487,6 @@ def test_loaders_of_torch_take_it():
             loader = torch.utils.data.DataLoader(load(place, labels=True), batch_size=4, num_workers=workers)
             assert [y.tolist() for _, y in loader] == [[0, 0, 0, 1], [1, 1]]
     folder_of(files, call)
-
-
-def test_parts_of_items_and_batches():
-    x, y = torch.zeros(2, 1), torch.tensor([1, 0])
-    assert parts(x) == (x, {}) and parts([x, y]) == (x, {"y": y}) and parts((x, {"seen": y})) == (x, {"seen": y})
-    x0, cond = parts((x, 3))
-    assert x0 is x and cond["y"].dtype == torch.int64 and cond["y"].shape == () and cond["y"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -545,6 +545,7 @@ def test_the_laws_alone_notice_what_changes_a_distribution(name, law):
 EQUIVALENT = {
     r"measure in nearest: (1000 -> |0 -> -1$)": "how many rows at once; a row that is looked at twice changes no minimum",
     r"conditional in LabelledOracle.forward: -1 -> 1$": "the last of two axes",
+    r"guidance in tilt.head: 0 -> -1$": "the only entry of a list",
     r"conditional in DropLabels.draw: u < self.share -> u <=": "a number of 53 random bits equals the share with chance 1e-16",
     r"forward in check_t: 1 -> 2": "an empty batch has no time that could be out of range",
     r"posterior in Laplace.sample: (m \+ self.scale \* sign|self.scale \* sign -> self.scale /)": "the law is symmetric and the sign is ±1",
@@ -572,6 +573,7 @@ EQUIVALENT = {
     r"oracle in Mixture.points: 0 -> -1": "the size of any row",
     r"elbo in _: sigma -> alpha #2": "only its shape and dtype are taken",
     r"data in ImageFolder\..*: 2 -> [13]( #3)?$": "to which line of the callers a warning points",
+    r"data in read_image: 3 -> [24]$": "whatever is not 1 is read in colour",
     r"data in rows: 1 -> 0$": "empty sets are refused before",
     r"lines in load_lines: 1114112 -> ": "no file holds all characters but one",
     r"text in longest_copy: (len\(line\) - k -> len\(line\) \+ k|1 -> 2 #2)$": "pieces cut short equal none of full length",

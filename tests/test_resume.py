@@ -100,6 +100,13 @@ def test_labelled_tensors_are_indexed_by_the_batch():
     assert source.seed == 0 and source.rank == 0 and source.of == 1
 
 
+def test_items_and_batches_are_split():
+    x, y = torch.zeros(2, 1), torch.tensor([1, 0])
+    assert split(x) == (x, {}) and split([x, y]) == (x, {"y": y}) and split((x, {"seen": y})) == (x, {"seen": y})
+    x0, cond = split((x, 3))
+    assert x0 is x and cond["y"].dtype == torch.int64 and cond["y"].shape == () and cond["y"] == 3
+
+
 def test_draws_are_taken_apart_by_rows():
     a, b, c = torch.arange(6), torch.arange(6, 12), torch.arange(24).view(6, 4)
     assert flat((a, (b, (c,)))) == [a, b, c] and flat(a) == [a]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'check_data', 'from_bytes', 'to_bytes', 'Digits', 'digits', 'save_images', 'save_grid', 'read_image',
-           'ImageFolder', 'parts', 'rows', 'energy_distance', 'mmd', 'nearest_distance']
+           'ImageFolder', 'rows', 'energy_distance', 'mmd', 'nearest_distance']
 
 # %% ../nbs/51_data.ipynb #exp-imports
 import math, warnings
@@ -202,12 +202,6 @@ class ImageFolder(torch.utils.data.Dataset):
                     warnings.warn(f"{path} can no longer be read ({why}): the next image for it", stacklevel=2)
             else: raise ValueError(f"expected readable images; got none any more of {len(self)}")
         return (from_bytes(image), self.labels[i]) if self.classes else from_bytes(image)
-
-# %% ../nbs/51_data.ipynb #exp-parts
-def parts(batch) -> tuple[Tensor, dict[str, Tensor]]:
-    "x0 and its conditions, of a batch or an item `x0`, `(x0, y)` (an integer label) or `(x0, {name: tensor})`."
-    x0, rest = (batch, {}) if isinstance(batch, Tensor) else batch
-    return x0, rest if isinstance(rest, dict) else {"y": torch.as_tensor(rest)}
 
 # %% ../nbs/51_data.ipynb #exp-rows
 def rows(*sets: Float[Tensor, "_ ..."], least: int = 1) -> list[Float[Tensor, "_ k"]]:

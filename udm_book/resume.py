@@ -73,9 +73,9 @@ def deaf(worker: int):
 
 # %% ../nbs/57_resume.ipynb #exp-split
 def split(item, device: str | torch.device = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
-    "A batch of items x0, (x0, y) or (x0, {name: tensor}) as data and conditions by name, on the device."
+    "An item or batch x0, (x0, y) or (x0, {name: tensor}) as data and conditions by name, on the device."
     x0, cond = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, {})
-    if isinstance(cond, Tensor): cond = {"y": cond}
+    if isinstance(cond, (int, Tensor)): cond = {"y": torch.as_tensor(cond)}
     if not isinstance(x0, Tensor) or not isinstance(cond, dict):
         raise TypeError("expected data whose items are x0, (x0, y) or (x0, {name: tensor}); "
                         f"got {type(item).__name__} of {', '.join(type(v).__name__ for v in item)}")

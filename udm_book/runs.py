@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .config import SAMPLERS, Config, about, model, pick
-from .data import ImageFolder, Lines, digits, load_lines, parts, save_grid
+from .data import ImageFolder, Lines, digits, load_lines, save_grid
 from .forward import Forward
 from .guidance import Guided
 from .objective import Objective
-from .resume import checkpoints, load_checkpoint
+from .resume import checkpoints, load_checkpoint, split
 from .reverse import sample
 from .samplers import Clip
 from .train import Trainer
@@ -76,7 +76,7 @@ def read_data(config: Config, progress: bool = False) -> Data:
 def stack(data: Tensor | Dataset, index: Iterable[int]) -> tuple[Tensor, dict[str, Tensor]]:
     "Data by their numbers, as one batch with its conditions."
     if isinstance(data, Tensor): return data[list(index)], {}
-    rows, conds = zip(*(parts(data[i]) for i in index))
+    rows, conds = zip(*(split(data[i]) for i in index))
     return torch.stack(rows), {k: torch.stack([c[k] for c in conds]) for k in conds[0]}
 
 # %% ../nbs/56_runs.ipynb #exp-build
