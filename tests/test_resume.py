@@ -19,7 +19,7 @@ import torch
 from conftest import refuses
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
-from trainers import DATA, ROWS, Net, ends_alike, forked, lines, trainer, without_dropout
+from trainers import DATA, ROWS, Net, ends_alike, forked, lines, reaped, trainer, without_dropout
 
 from udm_book import resume
 from udm_book.hot import Hot
@@ -411,7 +411,7 @@ def test_two_processes_make_the_numbers_of_one(tmp_path, settings):
     env = dict(ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE="2", WORLD_SIZE="2")
     pids = [forked(lambda: work("one"))]
     pids += [forked(lambda: work("two"), **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    assert reaped(pids) == [0, 0, 0]
     same_curve(tmp_path / "one", tmp_path / "two")
 
 

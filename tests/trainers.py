@@ -1,6 +1,8 @@
 """A training small enough to be run, killed and run again many times in a test."""
 import json
 import os
+import signal
+import time
 import traceback
 from pathlib import Path
 
@@ -74,3 +76,15 @@ def forked(work, **env):
     except BaseException:
         traceback.print_exc()
     finally: os._exit(1)
+
+
+def reaped(pids, seconds=30):
+    """How forks ended: their exit codes. Those that still run when the time is over are killed."""
+    codes, end = {}, time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            if time.monotonic() > end: os.kill(pid, signal.SIGKILL)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done: codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(.01)
+    return [codes[pid] for pid in pids]
