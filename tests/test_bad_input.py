@@ -21,7 +21,8 @@ from udm_book.parameterization import EPS, X0, Denoiser
 from udm_book.posterior import Dirac
 from udm_book.reverse import MixNoise, fresh_noise, reuse_noise, reverse, sample
 from udm_book.schedule import Schedule
-from udm_book.train import EMA, batches, fit
+from udm_book.batches import batches
+from udm_book.train import EMA, fit
 
 S = Schedule.linear(10)
 F = Hot(S)

@@ -54,6 +54,17 @@ def test_sound_rows_and_times_pass(shape, dtype):
     check_t(torch.tensor([], dtype=dtype), 7)
 
 
+class Elsewhere(torch.Tensor):
+    """Times that say of themselves that they lie on a GPU."""
+    is_cuda = True
+
+
+def test_on_a_gpu_times_are_checked_without_waiting():
+    for good in ([1, 7], []): check_t(torch.tensor(good, dtype=torch.long).as_subclass(Elsewhere), 7)
+    for bad in ([0, 3], [8]):
+        with pytest.raises(RuntimeError, match="expected times in 1..7"): check_t(torch.tensor(bad).as_subclass(Elsewhere), 7)
+
+
 def test_a_family_must_say_all_four_things():
     with pytest.raises(TypeError, match="forward.*infer_noise.*prior.*sample_noise"): Forward()
 

@@ -110,7 +110,7 @@ def test_the_report_says_what_was_measured_and_how():
     for name in "energy", "mmd", "nearest":
         assert all(f"{v:.4f}" in said for v in found["distances"][name].values())
     found = bits(text, 7, seed=8)
-    assert f"{found['bits']:.3f} ± {found['error']:.3f} bits per character (bound, 7 held-out lines, seed 8)" in report(dict(bits=found))
+    assert f"{found['bits']:.3f} ± {found['error']:.3f} bits per character\n(bound, 7 held-out lines, seed 8)\n" in report(dict(bits=found))
     assert f"{found['single']:.3f} by single characters, {found['pairs']:.3f} by pairs" in report(dict(bits=found))
     assert report({}) == ""
 

@@ -42,6 +42,7 @@ KILLERS = {
     "data": ["test_data", "test_bad_input"],
     "lines": ["test_lines"],
     "train": ["test_train", "test_bad_input", "test_resume"],
+    "batches": ["test_batches", "test_resume"],
     "resume": ["test_resume", "test_train"],
     "network": ["test_network", "test_bad_input"],
     "samplers": ["test_samplers"],
@@ -309,21 +310,21 @@ CLASSICS = {
         "c = 1 - F.hits.table.share[-1]"),
     "the moving average turned around": ("train", "1 - keep)", "keep)"),
     "the counter of the average not saved": ("train", "torch.zeros((), dtype=torch.long))", "torch.zeros((), dtype=torch.long), persistent=False)"),
-    "the counter of the average not taken up": ("resume", "learner.ema.updates.copy_(checkpoint.rest['updates'])", "pass"),
+    "the counter of the average not taken up": ("resume", "self.ema.updates.copy_(checkpoint.rest['updates'])", "pass"),
     "the average copied into the model when it is saved": (
-        "train", "save_checkpoint(self.folder", "self.model.load_state_dict(self.ema_model.state_dict())\n        save_checkpoint(self.folder"),
-    "resumed one step late": ("resume", "learner.step = checkpoint.step", "learner.step = checkpoint.step + 1"),
+        "train", "self.record.save(", "self.model.load_state_dict(self.ema_model.state_dict()); self.record.save("),
+    "resumed one step late": ("resume", "self.step = checkpoint.step", "self.step = checkpoint.step + 1"),
     "warm-up that starts again when a run is resumed": (
         "train", "s.lr * rate(n, s.steps, s.warmup)", "s.lr * rate(n - self.__dict__.setdefault('began', n), s.steps, s.warmup)"),
     "parts clipped before they are added up": (
         "train", "            loss = loss + value.detach()\n",
-        "            loss = loss + value.detach()\n            nn.utils.clip_grad_norm_(self.trained.values(), s.clip)\n"),
+        "            loss = loss + value.detach()\n            nn.utils.clip_grad_norm_(trained, s.clip)\n"),
     "an order of the data that no one can repeat": (
-        "resume", "torch.Generator().manual_seed(seed_of(self.seed, 'pass', k))", "None"),
+        "batches", "torch.Generator().manual_seed(seed_of(self.seed, 'pass', k))", "None"),
     "renamed before it is on the disk": (
         "resume", "    sync(part)\n    os.replace(part, path)\n", "    os.replace(part, path)\n    sync(path)\n"),
     "the folder not synchronised": ("resume", "    sync(path.parent)\n", ""),
-    "moments that do not survive": ("resume", "for i, moments in state.items() if moments", "for i, moments in state.items() if None"),
+    "moments that do not survive": ("resume", "if moments: state[i] = moments", "pass"),
     "the log not cut back": ("resume", "json.loads(line)['step'] <= step", "True"),
     "the same noise for every process": (
         "train", "slice(self.rank * len(x0), (self.rank + 1) * len(x0))", "slice(0, len(x0))"),
@@ -582,7 +583,7 @@ EQUIVALENT = {
     r"encoding in (_|encoding_loss|encoding_loss.look): xt -> x0$": "the divergence of two normal steps does not read the state",
     r"elbo in fold: 1 -> 2 #3": "noise of one more time is held; the pieces are the same",
     r"elbo in fold: (0 -> -1 #2|xt -> x0)": "any of the draws; there are b rows or no more than a chunk",
-    r"resume in Batches.__init__: 1 -> 2 #2$": "stands for no pass: any negative number does",
+    r"batches in Batches.__init__: 1 -> 2 #2$": "stands for no pass: any negative number does",
     r"train in fit: (True -> False #[23]|False -> True)$": "speed, memory and how often the terminal is written to",
     r"edit in module: 1e\+30 -> 1e\+30": "one more or less is the same number",
     r"edit in Differing.table: (self.at_t\(table\) > NONE / 2 -> self.at_t\(table\) >= |2 -> [13])": "any bar between no chance and some",

@@ -14,7 +14,7 @@ import torch
 from conftest import close, refuses, rng
 
 from udm_book import finite
-from udm_book.data import Lines
+from udm_book.lines import Lines
 from udm_book.edit import EditDifferent, restore
 from udm_book.mask import AtRate, Exactly, Mask, Reveal, bound_loss, randomly
 from udm_book.objective import Loss, nll

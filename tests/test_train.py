@@ -1,4 +1,4 @@
-"""The training loop by its exact effect on one number, the moving average, the batches; the trainer against a plain loop."""
+"""The training loop by its exact effect on one number, the moving average; the trainer against a plain loop."""
 import inspect
 import json
 import math
@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 from trainers import DATA, ROWS, Net, lines, trainer, without_dropout
 
+from udm_book.batches import seed_of
 from udm_book.hot import Hot
 from udm_book.objective import Loss
 from udm_book.parameterization import Denoiser, V
-from udm_book.resume import checkpoints, load_checkpoint, seed_of
+from udm_book.resume import checkpoints, load_checkpoint
 from udm_book.schedule import Schedule
-from udm_book.train import EMA, batches, fit, rate
+from udm_book.train import EMA, fit, rate
 
 
 class One(torch.nn.Module):
@@ -118,20 +119,6 @@ def test_moving_average_is_its_formula(decay):
         assert ema.model.p.item() == pytest.approx(mean, abs=1e-14) and ema.model.count == n
     assert module.p.item() == math.sin(29)
     assert EMA(module).decay == 0.999
-
-
-def test_a_pass_goes_through_all_rows_once_in_a_new_order():
-    x = torch.arange(10)
-    source = batches(x, 3, rng(0, "cpu"))
-    first, second = ([next(source) for _ in range(3)] for _ in range(2))
-    for part in first, second:
-        rows = torch.cat(part).tolist()
-        assert all(len(b) == 3 for b in part) and len(set(rows)) == 9
-    assert torch.cat(first).tolist() != torch.cat(second).tolist()
-    assert len(next(batches(x, 1))) == 1
-    assert {len(b) for b, _ in zip(batches(torch.arange(11), 4), range(5))} == {4}                # a rest of 3 is left out
-    whole = torch.cat([b for b, _ in zip(batches(x, 5, rng(0, "cpu")), range(2))])
-    assert sorted(whole.tolist()) == x.tolist()
 
 
 def test_the_average_is_that_of_torch_and_its_counter_is_state():
@@ -361,7 +348,7 @@ def test_too_many_in_a_row_end_the_training_and_name_the_rows(tmp_path):
     torch.manual_seed(0)
     patient = trainer(tmp_path / "a", objective=spoilt("nan", {3, 4, 6, 7, 9, 10}), patience=3)
     patient.run()
-    assert patient.step == 24 and patient.tally["skipped"] == 6
+    assert patient.step == 24 and patient.learner.state.tally["skipped"] == 6
     torch.manual_seed(0)
     run = trainer(tmp_path / "b", objective=spoilt("inf", {2, 11, 12, 13}), patience=3)
     with pytest.raises(FloatingPointError, match=r"got 3 steps in a row without, .*\(step 13\); the last good checkpoint is .*step-00000010.safetensors"): run.run()
@@ -371,7 +358,7 @@ def test_too_many_in_a_row_end_the_training_and_name_the_rows(tmp_path):
     run = trainer(tmp_path / "c", data, patience=1)
     with pytest.raises(FloatingPointError) as caught: run.run()
     n, place = next((n, run.batches.rows(n).tolist().index(11)) for n in range(24) if 11 in run.batches.rows(n))
-    t = run.draws(n, DATA[:8])[0][place].item()
+    t = run.learner.draws(n, DATA[:8])[0][place].item()
     end = "the last good checkpoint is none" if n < 5 else "the last good checkpoint is "
     assert f"rows [11] of the data at t = [{t}] (step {n}); {end}" in str(caught.value)
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
@@ -400,7 +387,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     run = trainer(tmp_path, steps=5)
     run.run()
     with torch.no_grad(): next(run.model.parameters())[0] = math.nan
-    run.step = 6
+    run.learner.state.step = 6
     with pytest.raises(FloatingPointError, match="expected finite numbers at step 6; got others in model."): run.save()
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005.safetensors"]
 
@@ -429,7 +416,7 @@ def test_precision_is_that_of_the_layers_and_not_of_the_weights(tmp_path, precis
     run = trainer(tmp_path, objective=loss, precision=precision, steps=4)
     run.run()
     assert set(loss.types) == {dtype} and {p.dtype for p in run.model.parameters()} == {torch.float32}
-    assert run.norm == pytest.approx(1e-3 * (4 * 8 + 4) ** 0.5, rel=1e-2)       # unscaled: one for each bias, 8 inputs of 1
+    assert run.learner.norm == pytest.approx(1e-3 * (4 * 8 + 4) ** 0.5, rel=1e-2)       # unscaled: one for each bias, 8 inputs of 1
     assert (precision == "fp16") == ("scale" in lines(tmp_path)[-1])
 
 
@@ -443,24 +430,26 @@ def test_the_fp16_scale_falls_to_a_floor_and_its_steps_are_counted_apart(tmp_pat
     assert logged[-1]["shrunk"] == falls > 3 and logged[-1]["skipped"] == 0 and logged[-1]["scale"] == 2.0 ** (16 - falls) >= 32
     hopeless = trainer(tmp_path / "b", objective=huge(1e9), precision="fp16", log_every=1, patience=3)
     with pytest.raises(FloatingPointError, match="got 3 steps in a row"): hopeless.run()
-    assert hopeless.tally["scale"] == 1 and hopeless.tally["shrunk"] == 16 and hopeless.tally["skipped"] == 3
+    tally = hopeless.learner.state.tally
+    assert tally["scale"] == 1 and tally["shrunk"] == 16 and tally["skipped"] == 3
     nan = trainer(tmp_path / "c", DATA * math.nan, precision="fp16", patience=2)
     with pytest.raises(FloatingPointError, match="got 2 steps in a row"): nan.run()
-    assert nan.tally["scale"] == 2**16 and nan.tally["shrunk"] == 0              # the scale is not to blame
+    tally = nan.learner.state.tally
+    assert tally["scale"] == 2**16 and tally["shrunk"] == 0              # the scale is not to blame
 
 
 def test_the_fp16_scale_grows_after_2000_good_steps_and_is_saved(tmp_path):
     run = trainer(tmp_path, precision="fp16", steps=6, save_every=2)
-    run.tally["grown"] += 1996
-    run.resume = lambda: run.folder.mkdir(exist_ok=True)                        # nothing to take up
+    run.learner.state.tally["grown"] += 1996
+    run.resume = lambda: None                        # nothing to take up
     run.run()
     assert [line["scale"] for line in lines(tmp_path)] == [2.0**16, 2.0**17, 2.0**17]
     again = trainer(tmp_path, precision="fp16", steps=6)
     again.resume()
-    assert again.tally["scale"] == 2**17 and again.tally["grown"] == 2002
+    assert again.learner.state.tally["scale"] == 2**17 and again.learner.state.tally["grown"] == 2002
     other = trainer(tmp_path, steps=6)
     with pytest.warns(UserWarning, match="precision"): other.resume()
-    assert other.tally["scale"] == 1 and other.tally["grown"] == 2002
+    assert other.learner.state.tally["scale"] == 1 and other.learner.state.tally["grown"] == 2002
 
 
 # ------------------------------------------------------------------------------------------------------------------- speed
@@ -494,7 +483,7 @@ def test_a_step_costs_what_a_bare_loop_costs(tmp_path):
         nn.utils.clip_grad_norm_(loss.denoiser.parameters(), 1.0)
         optimizer.step()
         average.update(loss.denoiser)
-    def ours(): run.advance(run.batches[run.step])
+    def ours(): run.learner.advance(run.batches[run.step])
     counts = []
     with unhooked():
         for work in ours, bare:
@@ -502,7 +491,7 @@ def test_a_step_costs_what_a_bare_loop_costs(tmp_path):
             with Counted() as counted: work()
             counts.append(counted)
     assert counts[0].all <= counts[1].all + 60 and counts[0].waits == counts[1].waits
-    assert run.ema.updates.device.type == "cpu"
+    assert run.learner.state.ema.updates.device.type == "cpu"
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

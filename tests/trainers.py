@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from udm_book.hot import Hot
 from udm_book.objective import Loss
@@ -18,6 +19,17 @@ from udm_book.train import Trainer
 
 ROWS, SIZE = 37, 4
 DATA = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
+
+
+class Shaken(Dataset):
+    """Rows that are changed at random, as augmentation does, in the form that is asked for."""
+    def __init__(self, form): self.form = form
+
+    def __len__(self): return ROWS
+
+    def __getitem__(self, i):
+        x = DATA[i] + torch.rand(1)
+        return {"plain": x, "label": (x, i % 3), "named": (x, {"extra": torch.tensor(float(i)), "y": i % 3})}[self.form]
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from udm_book.data import load_lines
+from udm_book.lines import load_lines
 from udm_book.elbo import elbo
 from udm_book.objective import Loss
 from udm_book.text import Grams, Sharper, bits_per_character, longest_copy, root_times, token_model, ways, write

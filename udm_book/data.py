@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .lines import Lines, load_lines, read_lines        # all data come from here
 from .reverse import bar
 
 # %% ../nbs/51_data.ipynb #exp-check

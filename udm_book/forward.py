@@ -91,6 +91,7 @@ def check_rows(t: Tensor, **tensors: Tensor):
                          f"got {tuple(t.shape)}")
 
 def check_t(t: Tensor, T: int):
-    "Raise unless all times lie in 1..T. Reads values, so a GPU waits: for the edges of a program."
+    "Raise ValueError unless all times lie in 1..T; on CUDA, so as not to wait, RuntimeError at a later call."
+    if t.is_cuda: return torch._assert_async(((t >= 1) & (t <= T)).all(), f"expected times in 1..{T}")
     low, high = (int(v) for v in t.aminmax()) if t.numel() else (1, T)
     if low < 1 or high > T: raise ValueError(f"expected times in 1..{T}; got values from {low} to {high}")

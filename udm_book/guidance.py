@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from .forward import Forward, Noise, row
-from .objective import draw_times
+from .objective import noised
 from .posterior import Categorical, Dirac, Gaussian, LazyCategorical, Posterior, tokenwise
 from .reverse import Wrapper, rowwise
 from .schedule import Tables
@@ -41,9 +41,8 @@ def label_loss(F: Forward, classifier: Callable, x0: Float[Tensor, "b *d"], t: I
 
     As an objective: `Loss(F, classifier, label_loss)`. Draws what is not given, as `network_loss` does.
     """
-    t = draw_times(F, x0, t, generator)
-    if eps is None: eps = F.sample_noise(x0, generator=generator)
-    return fn.cross_entropy(classifier(F(x0, t, eps), t), y, reduction="none")
+    t, _, xt = noised(F, x0, t, eps, generator)
+    return fn.cross_entropy(classifier(xt, t), y, reduction="none")
 
 # %% ../nbs/54_guidance.ipynb #exp-gradient
 def check_labels(y: Tensor | None, t: Tensor):

@@ -83,10 +83,10 @@ def report(found: dict) -> str:
         names = dict(energy="energy distance", mmd="MMD²", nearest="median distance to a training picture")
         lines += [f"{names[k]:42}{d[k]['samples']:10.4f}{d[k]['real']:10.4f}" for k in names]
     if b and "steps" in b:
-        lines += [f"at most {b['bits']:.3f} ± {b['error']:.3f} bits per dimension "
+        lines += [f"at most {b['bits']:.3f} ± {b['error']:.3f} bits per dimension",
                   f"(bound of a chain of {b['steps']} steps, {b['n']} held-out pictures, seed {b['seed']})"]
     elif b:
-        lines += [f"at most {b['bits']:.3f} ± {b['error']:.3f} bits per character "
+        lines += [f"at most {b['bits']:.3f} ± {b['error']:.3f} bits per character",
                   f"(bound, {b['n']} held-out lines, seed {b['seed']})",
                   f"{b['single']:.3f} by single characters, {b['pairs']:.3f} by pairs"]
     return "\n".join(lines)
