@@ -56,6 +56,15 @@ def test_the_verdict_names_what_is_missed(which, value):
     assert "MISSED" in quality.text(REPORT | {"rows": [ROWS[0], bad]})
 
 
+@pytest.mark.parametrize("which, worse", [(0, -0.01), (1, 0.01), (2, 1e-3), (3, -0.01)])
+def test_more_minutes_must_not_make_a_figure_worse(which, worse):
+    def after(each): return REPORT | {"rows": ROWS + [dict(row, minutes=5.0, figures=[[v + d * (k == which) for k, v in enumerate(f)] for f in row["figures"]])
+                                                      for row, d in zip(ROWS[1:], each)]}
+    def missed(each): return [what for what, ok in quality.bars(after(each)) if not ok and "after 2" in what]
+    assert not missed([0.0, 0.0]) and not missed([-worse, -2 * worse]) and not missed([worse, -worse])
+    assert len(missed([worse, 1.2 * worse])) == 1 and quality.FIGURES[which] in missed([worse, 1.2 * worse])[0]
+
+
 def test_too_many_seconds_are_a_miss():
     assert [ok for _, ok in quality.bars(REPORT | {"rows": [ROWS[0], dict(ROWS[1], seconds=121.0, figures=ROWS[2]["figures"])]})].count(False) == 1
 
@@ -96,10 +105,18 @@ def test_the_recipe_trains_and_draws():
     assert not torch.equal(drawn, quality.draw(F, average, recipe, mean, std, 1, count=5))
 
 
+def test_several_networks_are_averaged():
+    recipe, x = quality.RECIPE | dict(width=8, blocks=1, batch=4), torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    (_, one, _), (_, other, _), (_, both, _) = (quality.train(x, recipe | dict(nets=n), 2 * n, seed) for n, seed in ((1, 7), (1, 1007), (2, 7)))
+    t = torch.arange(1, 10)
+    assert torch.equal(both(x, t).mean, (one(x, t).mean + other(x, t).mean) / 2) and not torch.equal(one(x, t).mean, other(x, t).mean)
+
+
 def test_the_plan_is_what_fits_and_not_more_passes_than_are_good(monkeypatch):
     monkeypatch.setattr(quality, "step_time", lambda x, recipe: 0.01)
-    for minutes, passes in ((m, quality.recipe_for(m)["passes"]) for m in (2, 5)):
-        assert quality.plan(torch.empty(1078, 1), minutes) == int(passes * 1078 / 128) // 10 * 10
+    for minutes, recipe in ((m, quality.recipe_for(m)) for m in (2, 5)):
+        passes, nets = recipe["passes"], recipe["nets"]
+        assert quality.plan(torch.empty(1078, 1), minutes) == int(passes * 1078 / 128) // 10 * 10 * nets
         assert quality.plan(torch.empty(10**6, 1), minutes) == int(0.9 * 60 * minutes / 0.01)
 
 
