@@ -324,7 +324,7 @@ CLASSICS = {
     "renamed before it is on the disk": (
         "resume", "    sync(part)\n    os.replace(part, path)\n", "    os.replace(part, path)\n    sync(path)\n"),
     "the folder not synchronised": ("resume", "    sync(path.parent)\n", ""),
-    "moments that do not survive": ("resume", "if moments: state[i] = moments", "pass"),
+    "moments that do not survive": ("resume", "state[i] = moments", "pass"),
     "the log not cut back": ("resume", "json.loads(line)['step'] <= step", "True"),
     "the same noise for every process": (
         "train", "slice(self.rank * len(x0), (self.rank + 1) * len(x0))", "slice(0, len(x0))"),
