@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +129,9 @@ def model(recipe: dict) -> tuple[Hot, Denoiser]:
 
 
 class Mean(torch.nn.Module):
-    """The mean of the guesses of several denoisers."""
+    """The mean of the guesses of some denoisers."""
 
-    def __init__(self, denoisers: list[torch.nn.Module]):
+    def __init__(self, denoisers: Sequence[torch.nn.Module]):
         super().__init__()
         self.denoisers = torch.nn.ModuleList(denoisers)
 
@@ -141,8 +142,8 @@ class Mean(torch.nn.Module):
 def train(x: torch.Tensor, recipe: dict, steps: int, seed: int, look=None) -> tuple[Hot, torch.nn.Module, float]:
     """The family, the denoiser and the seconds of training. `steps` are shared by `recipe["nets"]` networks. `look` as `fit` takes it."""
     n = recipe["nets"]
-    made = [train_one(x, recipe, steps // n, seed + 1000 * k, look) for k in range(n)]
-    return made[0][0], made[0][1] if n == 1 else Mean([average for _, average, _ in made]), sum(seconds for *_, seconds in made)
+    families, averages, seconds = zip(*(train_one(x, recipe, steps // n, seed + 1000 * k, look) for k in range(n)))
+    return families[0], Mean(averages), sum(seconds)
 
 
 def train_one(x: torch.Tensor, recipe: dict, steps: int, seed: int, look) -> tuple[Hot, torch.nn.Module, float]:
@@ -268,25 +269,30 @@ def summary(report: dict) -> dict[tuple, dict]:
 def bars(report: dict) -> list[tuple[str, bool]]:
     """Each condition in words, and whether it holds."""
     means, out = summary(report), []
+    if ("mixture", None) not in means:
+        return out
+    bar = means["mixture", None]["mean"]
     for (who, minutes), row in means.items():
-        if who != "ours" or ("mixture", None) not in means:
+        if who != "ours":
             continue
         certainty, frechet, kernel, near = row["mean"]
-        bar = means["mixture", None]["mean"]
         out += [(f"{minutes:g} minutes: certainty {certainty:.3f} >= 0.90", certainty >= 0.9),
                 (f"{minutes:g} minutes: Fréchet {frechet:.4f} < {bar[1]:.4f}, the mixture's", frechet < bar[1]),
                 (f"{minutes:g} minutes: MMD² {1e4 * kernel:.1f}e-4 < {1e4 * bar[2]:.1f}e-4, the mixture's", kernel < bar[2]),
                 (f"{minutes:g} minutes: nearest {near:.3f} >= 0.9", near >= 0.9),
                 (f"{minutes:g} minutes: {row['seconds']:.0f} seconds of training", row["seconds"] <= 60 * minutes)]
-    return out + later(report) if out else out
+    return out + later(report)
 
 
 def later(report: dict) -> list[tuple[str, bool]]:
     """Is any of our figures worse after more minutes, by more than two standard errors of the difference, paired by seeds?"""
     found = {(r["minutes"], r["seed"]): np.mean(r["figures"], 0) for r in report["rows"] if r["who"] == "ours"}
-    first, last = min(m for m, _ in found), max(m for m, _ in found)
-    seeds, out = [seed for m, seed in found if m == last and (first, seed) in found], []
-    if first == last or len(seeds) < 2:
+    minutes, out = sorted({m for m, _ in found}), []
+    if len(minutes) < 2:
+        return out
+    first, last = minutes[0], minutes[-1]
+    seeds = [seed for m, seed in found if m == last and (first, seed) in found]
+    if len(seeds) < 2:
         return out
     for name, good, *d in zip(FIGURES, (1, -1, -1, 1), *(found[last, seed] - found[first, seed] for seed in seeds)):
         mean, error = np.mean(d), np.std(d, ddof=1) / len(d) ** 0.5
@@ -308,8 +314,7 @@ def text(report: dict) -> str:
 
 
 def store(report: dict, path: Path):
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+    replace(path, lambda part: part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
 def measure(args, report: dict):

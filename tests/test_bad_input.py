@@ -12,6 +12,7 @@ import torch
 from conftest import refuses, unhooked
 from families import Other
 
+from udm_book.batches import batches
 from udm_book.data import check_data, digits, energy_distance, nearest_distance
 from udm_book.hot import Hot, ddim, ddpm
 from udm_book.network import TimeEmbedding, UNet
@@ -21,7 +22,6 @@ from udm_book.parameterization import EPS, X0, Denoiser
 from udm_book.posterior import Dirac
 from udm_book.reverse import MixNoise, fresh_noise, reuse_noise, reverse, sample
 from udm_book.schedule import Schedule
-from udm_book.batches import batches
 from udm_book.train import EMA, fit
 
 S = Schedule.linear(10)

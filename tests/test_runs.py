@@ -222,7 +222,7 @@ def test_a_bent_run_says_so_once_and_other_data_are_refused(tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert train(replace(configs(place)["mask"], steps=5), tmp_path / "run").step == 5
-    said = [str(w.message) for w in seen if "going on" in str(w.message)]
+    said = [str(w.message) for w in seen if "going on" in str(w.message) or "goes on" in str(w.message)]
     assert said == ["going on with steps = 5 (was 4): not what one run would have given"]
     run = load(tmp_path / "run")
     other = tmp_path / "lines.txt"

@@ -14,8 +14,8 @@ import torch
 from conftest import close, refuses, rng
 
 from udm_book import finite
-from udm_book.lines import Lines
 from udm_book.edit import EditDifferent, restore
+from udm_book.lines import Lines
 from udm_book.mask import AtRate, Exactly, Mask, Reveal, bound_loss, randomly
 from udm_book.objective import Loss, nll
 from udm_book.posterior import LazyCategorical

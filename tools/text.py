@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from udm_book.lines import load_lines
 from udm_book.elbo import elbo
+from udm_book.lines import load_lines
 from udm_book.objective import Loss
 from udm_book.text import Grams, Sharper, bits_per_character, longest_copy, root_times, token_model, ways, write
 from udm_book.train import fit

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'check_data', 'from_bytes', 'to_bytes', 'Digits', 'digits', 'save_images', 'save_grid', 'read_image',
-           'ImageFolder', 'rows', 'energy_distance', 'mmd', 'nearest_distance']
+           'image_files', 'class_names', 'ImageFolder', 'rows', 'energy_distance', 'mmd', 'nearest_distance']
 
 # %% ../nbs/51_data.ipynb #exp-imports
 import math, warnings
@@ -25,8 +25,7 @@ from .reverse import bar
 # %% ../nbs/51_data.ipynb #exp-check
 def check_data(x: Tensor, low: float = -1., high: float = 1.) -> Tensor:
     "Return `x` if it is floating point, finite, not empty and within [low, high]; else TypeError or ValueError."
-    if not x.is_floating_point():
-        raise TypeError(f"expected floating-point data in [{low}, {high}]; got {x.dtype}")
+    if not x.is_floating_point(): raise TypeError(f"expected floating-point data in [{low}, {high}]; got {x.dtype}")
     if not len(x): raise ValueError("expected at least one row of data; got none")
     if not torch.isfinite(x).all():
         raise ValueError(f"expected finite data; got {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
@@ -130,15 +129,35 @@ def read_image(path: str | PathLike, size: int, channels: int = 3) -> UInt8[Tens
     image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, -1).permute(2, 0, 1)
 
-# %% ../nbs/51_data.ipynb #exp-folder
+# %% ../nbs/51_data.ipynb #exp-find
 SUFFIXES = frozenset(".avif .bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
 
+def image_files(folder: Path) -> list[Path]:
+    "The images below `folder`, sorted, relative to it, without names that begin with a dot. ValueError for none."
+    if not folder.is_dir(): raise NotADirectoryError(f"expected a folder of images; got {folder}, which is none")
+    names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    images = [name for name in names if name.suffix.lower() in SUFFIXES]
+    if not images:
+        found = ", ".join(f"{n} {kind}" for kind, n in Counter(p.suffix or p.name for p in names).most_common(9))
+        raise ValueError(f"expected images ({' '.join(sorted(SUFFIXES))}) in {folder}; got {found or 'no files'}")
+    return images
+
+def class_names(folder: Path, images: list[Path]) -> tuple[str, ...]:
+    "The folders in `folder`, sorted. ValueError unless each has images, and each of the `images` lies in one."
+    homes = {name.parts[0]: len(name.parts) > 1 for name in images}
+    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."))
+    odd = [f"{name} beside them" for name in homes if not homes[name]]
+    odd += [f"{name} without any" for name in classes if name not in homes]
+    if odd: raise ValueError(f"expected images in a folder for each class in {folder}; got {', '.join(odd)}")
+    return classes
+
+# %% ../nbs/51_data.ipynb #exp-folder
 class ImageFolder(torch.utils.data.Dataset):
     """The images below `folder`, sorted, as `read_image` makes them: float32 `(channels, size, size)` in [-1, 1].
 
-    `labels`: items are `(x0, y)`; y counts the folders in `folder` in which images lie, `.classes` names them.
-    Names that begin with a dot are passed over. Where images cannot be read, ValueError names them all, or with
-    `skip_broken` they are left out: `.skipped` holds `(path, reason)`, and a warning says so.
+    `labels`: items are `(x0, y)`; y counts the folders in `folder`, `.classes` names them. Where images cannot be
+    read, ValueError names them all, or with `skip_broken` they are left out: `.skipped` holds `(path, reason)`.
     If they take at most `cache` bytes, all images are read at the start and kept: nothing can fail later. Else
     headers are; an image that cannot be read later raises ValueError, or the next one takes its place.
     """
@@ -146,21 +165,9 @@ class ImageFolder(torch.utils.data.Dataset):
                  skip_broken: bool = False, cache: int = 2**30, progress: bool = False):
         if size < 1 or channels not in (1, 3):
             raise ValueError(f"expected a size of at least 1 and 1 or 3 channels; got {size} and {channels}")
-        folder, self.size, self.channels, self.skip_broken = Path(folder), size, channels, skip_broken
-        if not folder.is_dir(): raise NotADirectoryError(f"expected a folder of images; got {folder}, which is none")
-        names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        images = [name for name in names if name.suffix.lower() in SUFFIXES]
-        if not images:
-            found = ", ".join(f"{n} {kind}" for kind, n in Counter(p.suffix or p.name for p in names).most_common(9))
-            raise ValueError(f"expected images ({' '.join(sorted(SUFFIXES))}) in {folder}; got {found or 'no files'}")
-        self.classes = ()
-        if labels:
-            homes = {name.parts[0]: len(name.parts) > 1 for name in images}
-            self.classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."))
-            odd = [f"{name} beside them" for name in homes if not homes[name]]
-            odd += [f"{name} without any" for name in self.classes if name not in homes]
-            if odd: raise ValueError(f"expected images in a folder for each class in {folder}; got {', '.join(odd)}")
+        self.size, self.channels, self.skip_broken = size, channels, skip_broken
+        images = image_files(folder := Path(folder))
+        self.classes = class_names(folder, images) if labels else ()
         fits = (n := len(images)) * channels * size**2 <= cache
         pixels = torch.empty(n, channels, size, size, dtype=torch.uint8) if fits else None
         def attempt(i):

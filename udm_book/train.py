@@ -85,10 +85,10 @@ def fit(module: nn.Module, loss: Callable[[Tensor], Float[Tensor, " b"]], data: 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Learner:
-    """The step of a training: loss, gradient, clipping, AdamW, average. It changes `state`, nothing else.
+    """The step of a training: loss, gradient, clipping, AdamW, average. All that it depends on is in `state`.
 
-    The denoiser of the objective is trained. Where the loss or the gradient is not finite, the step is skipped: it
-    changes neither weights nor moments.
+    The denoiser of the objective is trained; `norm` is the size of its last gradient. Where the loss or the
+    gradient is not finite, the step is skipped: it changes neither weights nor moments.
     """
     def __init__(self, objective: Objective, settings: SimpleNamespace):
         from accelerate import Accelerator
