@@ -52,6 +52,7 @@ ROWS = [  # title, keys, target, digits
     ("masked text, 64 rows: the same ratio of times", "text, 64 rows ratio", 0.01, 4),
     ("memory of that step / all logits, 64 rows", "text, 64 rows memory", 0.05, 3),
     ("import / `import torch`", "import ratio", 1.1, 2),
+    ("the same without passes of Python's garbage collector", "import ratio, no collector", None, 2),
 ]
 AT_LEAST = {"unet share"}  # keys whose target is a lower bound
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
@@ -85,10 +86,13 @@ def environment(python: str) -> dict:
     return {k: v for k, v in ENVIRONMENT.items() if python == sys.executable or k != "PYTHONPATH"}
 
 
-def import_ratio(python: str, imports: str, rounds: int) -> float:
-    """Processor time of importing torch and then a library / of importing torch, in the same fresh process; the median of several."""
-    code = (f"from time import process_time as now; a = now(); import torch; b = now(); {imports}; c = now(); "
-            "print((c - a) / (b - a))")
+def import_ratio(python: str, imports: str, rounds: int, collector: bool = True) -> float:
+    """Processor time of importing torch and then a library / of importing torch, in the same fresh process; the median of several.
+
+    Enough new objects call the garbage collector, which then goes through all that torch has made: not the library's own time.
+    """
+    code = (f"import gc; from time import process_time as now; a = now(); import torch; b = now(); {'' if collector else 'gc.disable(); '}"
+            f"{imports}; c = now(); print((c - a) / (b - a))")
 
     def once() -> float:
         done = subprocess.run([python, "-c", code], env=environment(python), cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True)
@@ -117,7 +121,8 @@ def collect(peers: list[str], device: str, quick: bool) -> dict:
             if ALL[name].imports:
                 say(f"  importing {name} beside torch, in fresh processes")
                 try:
-                    part["figures"][name]["import ratio"] = import_ratio(python, ALL[name].imports, 3 if quick else 7)
+                    for key, collector in (("import ratio", True), ("import ratio, no collector", False)):
+                        part["figures"][name][key] = import_ratio(python, ALL[name].imports, 3 if quick else 7, collector)
                 except subprocess.CalledProcessError:
                     say("  that failed; the table shows no figure for it")
         result["figures"] |= part["figures"]

@@ -12,7 +12,6 @@ import torch
 from conftest import refuses, unhooked
 from families import Other
 
-from udm_book.batches import batches
 from udm_book.data import check_data, digits, energy_distance, nearest_distance
 from udm_book.hot import Hot, ddim, ddpm
 from udm_book.network import TimeEmbedding, UNet
@@ -161,8 +160,6 @@ CASES = {
     "NaN in a set": (V, lambda: nearest_distance(spoiled(nan), x), "finite data", "1 values"),
     "nothing held out": (V, lambda: digits(0), "between 1 and 1796", "0"),
     "all held out": (V, lambda: digits(1797), "between 1 and 1796", "1797"),
-    "an empty batch": (V, lambda: next(batches(x, 0)), "between 1 and 3", "0"),
-    "a batch beyond the data": (V, lambda: next(batches(x, 4)), "between 1 and 3", "4"),
     "no training step": (V, lambda: fit(UNet(1, 8, (1, 2)), None, x, 0), "at least one step", "0"),
     "a training batch beyond the data": (V, lambda: fit(UNet(1, 8, (1, 2)), None, x, 1, batch=4, progress=False), "between 1 and 3", "4"),
     "decay 1": (V, lambda: EMA(UNet(1, 8, (1, 2)), 1.0), r"decay in \[0, 1\)", "1.0"),

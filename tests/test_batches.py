@@ -19,6 +19,7 @@ def test_a_pass_goes_through_all_rows_once_in_a_new_order():
         rows = torch.cat(part).tolist()
         assert all(len(b) == 3 for b in part) and len(set(rows)) == 9
     assert torch.cat(first).tolist() != torch.cat(second).tolist()
+    assert torch.equal(next(batches(x, 3, rng(0, "cpu"))), first[0])
     assert len(next(batches(x, 1))) == 1
     assert {len(b) for b, _ in zip(batches(torch.arange(11), 4), range(5))} == {4}                # a rest of 3 is left out
     whole = torch.cat([b for b, _ in zip(batches(x, 5, rng(0, "cpu")), range(2))])
@@ -105,6 +106,8 @@ def test_workers_do_not_hear_ctrl_c():
 
 V_, T_ = ValueError, TypeError
 CASES = {
+    "an empty batch": (V_, lambda: next(batches(DATA, 0)), f"a batch size between 1 and {ROWS}", "0"),
+    "a batch beyond the data": (V_, lambda: next(batches(DATA, ROWS + 1)), f"a batch size between 1 and {ROWS}", str(ROWS + 1)),
     "data without a row": (V_, lambda: Batches(DATA[:0], 2), "at least one row of data", "none"),
     "a batch of nothing": (V_, lambda: Batches(DATA, 0), "a batch that 1 processes share evenly", "0"),
     "a batch that cannot be shared": (V_, lambda: Batches(DATA, 9, of=2), "a batch that 2 processes share evenly", "9"),

@@ -121,6 +121,7 @@ def test_pictures_are_measured(pictures):
     assert said.startswith("hot, step 150\n30 samples by ddim in 5 steps, guidance 1, seed 0")
     for part in "energy", "mmd", "nearest": assert all(f"{v:.4f}" in said for v in found["distances"][part].values())
     assert f"{found['bits']['bits']:.3f} ± {found['bits']['error']:.3f} bits per dimension" in said
+    assert [row["t"] for row in found["guesses"]] == [20, 16, 12, 8, 4, 1] and f"{found['guesses'][0]['held_out']:.3g}" in said
 
 
 def test_a_run_is_described(pictures):
@@ -296,8 +297,10 @@ def test_a_longer_training_learns(tmp_path):
     save_images(torch.cat([data.train, data.held_out]), tmp_path / "png")
     small = "--size 8 --channels 1 --width 24 --mults 1,2 --blocks 1 --attention none --T 100 --batch 64 --lr 0.005 --show-every 0".split()
     run("train", tmp_path / "png", *small, "--steps", 600, "--decay", 0.99, "-o", tmp_path / "run", "--no-progress")
-    found = json.loads(run("eval", tmp_path / "run", "--json", "--no-progress")[0])["distances"]
+    found = json.loads(run("eval", tmp_path / "run", "--json", "--no-progress")[0])
+    found, rows = found["distances"], found["guesses"]
     assert found["energy"]["samples"] < 0.2 and found["nearest"]["samples"] < 1.6 * found["nearest"]["real"]
+    assert all(row["held_out"] < 0.9 * row["alone"] for row in rows if 20 <= row["t"] <= 60)
     (tmp_path / "lines.txt").write_text("".join(f"{a:02}+{b:02}={a + b:03}\n" for a in range(40) for b in range(40)), encoding="utf-8")
     run("train", tmp_path / "lines.txt", "--family", "mask", "--width", 64, "--depth", 2, "--steps", 1500, "-o", tmp_path / "text", "--no-progress")
     found = json.loads(run("eval", tmp_path / "text", "--json")[0])["bits"]

@@ -198,6 +198,11 @@ def test_the_usual_grid_is_a_square_of_visible_pictures(n, h, columns, scale, si
     assert in_folder(call) == size
 
 
+def test_the_longer_side_of_a_picture_sets_its_scale():
+    def call(place): return Image.open(save_grid(torch.zeros(1, 3, 2, 1), place / "g.png")).size
+    assert in_folder(call) == (32, 64)
+
+
 def test_a_failure_leaves_the_old_file():
     def call(place):
         path = save_grid(torch.zeros(1, 1, 8, 8), place / "g.png")
@@ -512,8 +517,8 @@ CASES = {
     "too few names": (V, lambda: saved(lambda f: save_images(x, f, ["a", "b"])), "3 different names", "2, 2 of them"),
     "four channels": (V, lambda: saved(lambda f: save_images(x.expand(3, 4, 8, 8), f)), "1 or 3 channels", "4"),
     "no PNG": (V, lambda: saved(lambda f: save_grid(x, f / "a.jpg")), "a name.png", "a.jpg, 2 and 8"),
-    "no column": (V, lambda: saved(lambda f: save_grid(x, f / "a.png", -1)), "at least 1 column", "-1 and 8"),
-    "a scale below 1": (V, lambda: saved(lambda f: save_grid(x, f / "a.png", 1, -1)), "at least 1 column and scale", "1 and -1"),
+    "no column": (V, lambda: saved(lambda f: save_grid(x, f / "a.png", 0)), "at least 1 column", "0 and 8"),
+    "a scale below 1": (V, lambda: saved(lambda f: save_grid(x, f / "a.png", 1, 0)), "at least 1 column and scale", "1 and 0"),
     "pixels without a range": (V, lambda: stored(Image.new("F", (4, 4), 0.5), "a.tif"), "8 or 16 bits", "mode F"),
     "pixels of 32 bits": (V, lambda: stored(Image.new("I", (4, 4), 65536), "a.tif"), "8 or 16 bits", "mode I, 65536 to 65536"),
     "pixels below 0": (V, lambda: stored(Image.new("I", (4, 4), -1), "a.tif"), "8 or 16 bits", "mode I, -1 to -1"),

@@ -130,9 +130,18 @@ def test_adding_a_function_of_the_state_to_all_logits_changes_nothing():
     close(label_gradient(other, x, t, y), label_gradient(ORACLE.label_log_prob, x, t, y), KAPPA)
 
 
+class ByTime(torch.nn.Module):
+    """A classifier whose trained factors are looked up by the time, which the backward pass needs again."""
+    def __init__(self):
+        super().__init__()
+        self.factors = torch.nn.Embedding(50, 3, dtype=torch.float64)
+
+    def forward(self, xt, t): return self.factors(t) * xt.sum(1, keepdim=True)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_the_gradient_leaves_everything_as_it_was(mode):
-    net = random_net(None, 3)
+    net, by_time = random_net(None, 3), ByTime()
     with mode():
         x, t, y = points(5)
         kept = x.clone()
@@ -140,7 +149,8 @@ def test_the_gradient_leaves_everything_as_it_was(mode):
         assert torch.equal(x, kept) and not g.requires_grad and not x.requires_grad
         guided = ClassifierGuided(exact, F, net, 2.0)
         assert sample(F, guided, x, [12, 6, 0], ddpm, generator=rng(0, "cpu"), y=y).isfinite().all()
-    assert all(p.grad is None for p in net.parameters())
+        label_gradient(by_time, x, t, y)
+    assert all(p.grad is None for p in [*net.parameters(), *by_time.parameters()])
     assert torch.equal(g.clone(), label_gradient(net, *points(5)))
 
 

@@ -12,8 +12,9 @@ from udm_book.data import digits, energy_distance, mmd
 from udm_book.elbo import elbo
 from udm_book.hot import ddpm
 from udm_book.likelihood import Decoder, Levels
-from udm_book.measure import bits, distances, nearest, report
+from udm_book.measure import bits, distances, error, guesses, nearest, report
 from udm_book.parameterization import Denoiser, V
+from udm_book.posterior import Dirac
 from udm_book.runs import Data, Run
 from udm_book.samplers import Clip
 from udm_book.text import Grams
@@ -88,6 +89,58 @@ def test_bits_of_labelled_pictures_know_the_labels():
     assert set(torch.cat(seen).tolist()) == set(D.held_out_labels[:5].tolist())
 
 
+class Alone(torch.nn.Module):
+    """The best affine guess of each number by itself, from its mean and variance over the data."""
+    def __init__(self, F, data):
+        super().__init__()
+        flat = data.flatten(1).double()
+        self.F, self.mean, self.var, self.p = F, flat.mean(0), flat.var(0, correction=0), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, xt, t):
+        a, s = self.F.schedule.alpha[t[0]], self.F.schedule.sigma[t[0]]
+        guess = self.mean + a * self.var / (a**2 * self.var + s**2) * (xt.flatten(1) - a * self.mean)
+        return Dirac(guess.view_as(xt))
+
+
+def test_the_best_guesses_of_single_numbers_make_the_error_called_alone():
+    run = hot(n=1000, m=700)
+    run = replace(run, denoiser=Alone(run.F, D.train[:1000]))
+    found = guesses(run, 1000, 3, seed=2)
+    T = run.F.T
+    assert [row["t"] for row in found] == sorted({T, *run.F.schedule.times(3)[1:-1], 1}, reverse=True)
+    assert len(guesses(run, 20, 1)) == 2 and [row["t"] for row in guesses(run, 20, 99)] == list(range(T, 0, -1))
+    for row in found:
+        a, s = run.F.schedule.alpha[row["t"]], run.F.schedule.sigma[row["t"]]
+        assert math.isclose(row["signal"], a / s, rel_tol=1e-12)
+        x = D.train[:1000]
+        each = (run.denoiser(a * x + s * torch.randn(x.shape, generator=rng(1, "cpu")), torch.tensor([row["t"]])).mean - x).square().flatten(1).mean(1)
+        v = D.train[:1000].double().var(0, correction=0)
+        assert math.isclose(row["alone"], (v * s**2 / (a**2 * v + s**2)).mean(), rel_tol=1e-12)
+        for value in row["alone"], row["training"]: assert abs(value - each.mean()) < 5 * 2**0.5 * each.std() / 1000**0.5
+        assert abs(row["held_out"] - each.mean()) < 5 * (1 / 1000 + 1 / 700)**0.5 * each.std()
+
+
+class Label(torch.nn.Linear):
+    """A guess made of the label and the time."""
+    def forward(self, xt, t, y): return Dirac(0 * xt + (y / 9 + t / 100)[:, None, None, None])
+
+
+def test_errors_are_means_over_all_rows_whatever_the_rows_at_once():
+    odd, x, cond = replace(hot(labels=True), denoiser=Label(1, 1)), D.train[:7], {"y": D.train_labels[:7]}
+    want = (D.train_labels[:7, None] / 9 + 0.04 - x.flatten(1)).square().mean().item()
+    for rows in 1, 3, 7, 100: assert math.isclose(error(odd, x, cond, 4, rng(0, "cpu"), rows), want, rel_tol=1e-5)
+
+
+def test_guesses_are_functions_of_the_seed_and_of_n_pictures():
+    run = hot()
+    assert guesses(run, 30, 2, seed=1) == guesses(run, 30, 2, seed=1) != guesses(run, 30, 2, seed=2)
+    assert guesses(run) == guesses(run, 500, 5, seed=0)
+    many = hot(n=510, m=510)
+    assert guesses(many, times=1) == guesses(many, 500, 1)
+    one, all_ = guesses(run, 1, 2), guesses(run, 500, 2)
+    assert one[0]["alone"] == 0 < all_[0]["alone"] and one[0]["held_out"] != all_[0]["held_out"]
+
+
 @pytest.mark.parametrize("family", ["mask", "edit"])
 def test_bits_of_lines_stand_beside_counted_laws(family):
     run = words(family)
@@ -112,6 +165,10 @@ def test_the_report_says_what_was_measured_and_how():
     found = bits(text, 7, seed=8)
     assert f"{found['bits']:.3f} ± {found['error']:.3f} bits per character\n(bound, 7 held-out lines, seed 8)\n" in report(dict(bits=found))
     assert f"{found['single']:.3f} by single characters, {found['pairs']:.3f} by pairs" in report(dict(bits=found))
+    rows = guesses(run, 9, 2)
+    said = report(dict(guesses=rows)).splitlines()
+    assert said[1].split() == ["t", "signal", "held", "out", "training", "alone"] and len(said) == 2 + len(rows)
+    for line, row in zip(said[2:], rows): assert [float(v) for v in line.split()] == [float(f"{v:.3g}") for v in row.values()]
     assert report({}) == ""
 
 
@@ -120,7 +177,8 @@ def cold():
     return replace(run, config=Config("digits", "cold"))
 
 
-CASES = {"a cold run": (ValueError, lambda: bits(cold()), "a run with a likelihood", "a cold one")}
+CASES = {"a cold run": (ValueError, lambda: bits(cold()), "a run with a likelihood", "a cold one"),
+         "guesses of a cold run": (ValueError, lambda: guesses(cold()), "a hot run", "a cold one")}
 test_it_refuses = refuses(CASES)
 
 

@@ -62,6 +62,12 @@ def test_data_are_shared_out_by_the_seed():
     assert len(read_data(replace(configs(place)["hot"], held_out=7)).held_out) == 7
 
 
+@pytest.mark.parametrize("n, held", [(2, 1), (5, 1), (19, 1), (20, 2)])
+def test_a_tenth_of_a_folder_is_held_out_at_least_one(n, held, tmp_path):
+    save_images(digits().train[:n], tmp_path)
+    assert len(read_data(Config(str(tmp_path), size=8, channels=1)).held_out) == held
+
+
 def test_digits_and_lines_have_their_own_readers():
     place = made()
     data = read_data(Config("digits", labels=True))
@@ -80,7 +86,7 @@ def test_a_digest_sees_bytes_names_and_sizes(tmp_path):
     (tmp_path / "f").write_text("12")
     before = digest(str(tmp_path / "f")), digest(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert digest(str(tmp_path / "b")) == before[1] and len(set(before)) == 2 and len(before[0]) == 16
+    assert digest(str(tmp_path / "b")) == before[1] and len(set(before)) == 2 and [*map(len, before)] == [16, 16]
     (tmp_path / "f").write_text("13")
     (tmp_path / "a" / "y").write_text("")
     (tmp_path / "b" / "x").write_text("123")
@@ -145,8 +151,7 @@ class Tell(torch.nn.Module):
         return Dirac((torch.where(y == 2, 0, y) * 0.5)[:, None, None, None] + 0 * xt)
 
 
-def telling(place): return replace_denoiser(load(place / "hot"), Tell())
-def replace_denoiser(run, denoiser): return Run(run.config, run.facts, run.step, run.F, denoiser, run.known)
+def telling(place): return replace(load(place / "hot"), denoiser=Tell())
 
 
 def test_labels_and_guidance_reach_the_denoiser():
@@ -166,7 +171,27 @@ def test_rows_and_steps_are_those_asked_for():
     assert run.denoiser.seen == [(n, t) for n in (2, 2, 1) for t in (10, 5)]
     assert run.plan() == ("ddim", 10) and run.plan("heun", 3) == ("heun", 3), "T = 10 is less than 50"
     assert load(place / "mask").plan() == ("reveal", 4) and load(place / "mask").walk(None, 2, 1.0)[2] == [4, 2, 0]
-    assert load(place / "cold").plan()[0] == "reuse"
+    assert load(place / "cold").plan()[0] == "reuse" and run.plan(steps=1) == ("ddim", 1)
+    long = {name: model(replace(configs(place)[name], T=60), load(place / name).facts)[0] for name in ("hot", "cold")}
+    assert replace(run, F=long["hot"]).plan() == ("ddim", 50) and replace(load(place / "cold"), F=long["cold"]).plan()[1] == 60
+    hot = load(place / "hot")
+    assert torch.equal(hot.sample(101, sampler="ddpm", steps=2), hot.sample(101, sampler="ddpm", steps=2, seed=0, rows=100))
+
+
+class Board(Tell):
+    """Guesses a chessboard."""
+    def forward(self, xt, t, y=None): return Dirac(0 * xt + 1 - 2 * ((torch.arange(8)[:, None] + torch.arange(8)) % 2))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_pictures_end_within_the_range_of_pixels(sign):
+    """To clip the guesses does not do: a step that keeps part of x_t can leave the range."""
+    run = load(made() / "cold")
+    run = replace(run, denoiser=Board(), known=run.data._replace(train=sign * run.data.train))
+    denoiser, kernel, times = run.walk("reuse", 2, 1.0)
+    free = sample(run.F, denoiser, run.F.prior(stack(run.data.train, [0])[0]), times, kernel)
+    assert (-sign * free).max() > 1.1, "a digit is darker than the middle grey"
+    assert torch.equal(run.sample(1, sampler="reuse", steps=2), free.clamp(-1, 1))
 
 
 def test_samples_are_those_of_the_loop():
@@ -188,7 +213,7 @@ def test_samples_are_written_as_what_they_are(tmp_path):
     place = made()
     hot, mask = load(place / "hot"), load(place / "mask")
     assert hot.write(hot.sample(4), tmp_path / "new" / "x").name == "x.png" and hot.write(hot.sample(1), tmp_path / "y.png").exists()
-    path = mask.write(mask.sample(3), tmp_path / "new" / "t")
+    path = mask.write(mask.sample(3), tmp_path / "newer" / "and newer" / "t")
     assert path.name == "t.txt" and path.read_text(encoding="utf-8").splitlines() == mask.texts(mask.sample(3))
     assert all(len(line) == 4 for line in mask.texts(mask.sample(3)))
 
@@ -198,6 +223,9 @@ def test_samples_are_shown_while_training(tmp_path):
     for name, kind in (("hot", "png"), ("edit", "txt")):
         train(replace(configs(place)[name], show_every=2), tmp_path / name)
         assert sorted(p.name for p in (tmp_path / name / "samples").iterdir()) == [f"step-{n:08d}.{kind}" for n in (2, 4)]
+        run = load(tmp_path / name)
+        again = run.write(run.sample(16), tmp_path / f"again.{kind}")
+        assert again.read_bytes() == (tmp_path / name / "samples" / f"step-00000004.{kind}").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------ what has to stay
@@ -273,6 +301,7 @@ CASES = {
     "digits as text": (E, lambda: read_data(Config("digits", "edit")), "a file of lines for edit", "the word digits"),
     "no sample": (E, lambda: fake().sample(0), "at least one sample", "0"),
     "too many steps": (E, lambda: fake().sample(1, steps=11), "between 1 and T = 10 steps", "11"),
+    "no step": (E, lambda: fake().sample(1, steps=0), "between 1 and T = 10 steps", "0"),
     "no such sampler": (E, lambda: fake().sample(1, sampler="reveal"), "sampler to be one of ddim, ", "'reveal'"),
     "a label without classes": (E, lambda: fake().sample(1, label="3"), "no label", "'3'"),
     "guidance without classes": (E, lambda: fake().sample(1, guidance=2.0), "guidance 1", "2.0"),

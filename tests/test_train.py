@@ -1,5 +1,6 @@
 """The training loop by its exact effect on one number, the moving average; the trainer against a plain loop."""
 import inspect
+import itertools
 import json
 import math
 
@@ -12,12 +13,13 @@ from torch.utils.data import TensorDataset
 from trainers import DATA, ROWS, Net, lines, trainer, without_dropout
 
 from udm_book.batches import seed_of
+from udm_book.conditional import DropLabels
 from udm_book.hot import Hot
 from udm_book.objective import Loss
 from udm_book.parameterization import Denoiser, V
 from udm_book.resume import checkpoints, load_checkpoint
 from udm_book.schedule import Schedule
-from udm_book.train import EMA, fit, rate
+from udm_book.train import EMA, Trainer, fit, rate
 
 
 class One(torch.nn.Module):
@@ -102,8 +104,17 @@ def test_a_gradient_that_is_not_finite_stops_the_training_before_it_reaches_the_
 
 
 def test_defaults():
-    defaults = {k: p.default for k, p in inspect.signature(fit).parameters.items()}
-    assert [defaults[k] for k in ("batch", "lr", "decay", "progress")] == [128, 2e-3, 0.999, True]
+    plain, full = ({k: p.default for k, p in inspect.signature(f).parameters.items()} for f in (fit, Trainer))
+    for defaults in plain, full: assert [defaults[k] for k in ("batch", "lr", "decay", "progress")] == [128, 2e-3, 0.999, True]
+    assert [full[k] for k in ("save_every", "keep", "patience", "workers", "show_every", "log_every")] == [1000, 3, 10, 0, 0, 10]
+
+
+def test_fit_shows_the_average_after_every_step():
+    model, seen = One(2.0), []
+    average, _ = fit(model, lambda x: model.p + 0 * x[:, 0], torch.zeros(2, 1), 3, batch=2, decay=0.5, progress=False,
+                     look=lambda n, averaged: seen.append((n, averaged.p.item(), averaged)))
+    assert [n for n, *_ in seen] == [1, 2, 3] and len({p for _, p, _ in seen}) == 3
+    assert all(averaged is average for *_, averaged in seen) and seen[-1][1] == average.p.item()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
@@ -211,6 +222,9 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(tmp_path, accumulate):
     assert [line["norm"] for line in b] == pytest.approx([line["norm"] for line in a], rel=1e-2) and min(line["norm"] for line in a) > 0.1
 
 
+def test_one_row_is_a_batch(tmp_path): assert trainer(tmp_path, steps=1, batch=1).run() is not None
+
+
 def test_the_log_holds_means_of_the_steps_since_the_last_line(tmp_path):
     for every in 1, 5: trainer(tmp_path / str(every), log_every=every).run()
     each, mean = ([line["loss"] for line in lines(tmp_path / str(k))] for k in (1, 5))
@@ -218,6 +232,16 @@ def test_the_log_holds_means_of_the_steps_since_the_last_line(tmp_path):
     for k, loss in enumerate(mean): assert loss == pytest.approx(sum(each[5 * k:5 * k + 5]) / len(each[5 * k:5 * k + 5]), rel=1e-5)
     first = json.loads(open(tmp_path / "1" / "log.jsonl").readline())
     assert set(first) == {"step", "loss", "norm", "lr", "skipped", "images/s"} and 0 < first["images/s"] < 1e6
+
+
+def test_the_speed_is_that_since_the_last_line(tmp_path, monkeypatch):
+    """By a clock that goes on by two seconds whenever it is read: when a training begins, and for each line."""
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr("udm_book.train.time.perf_counter", lambda: next(clock))
+    trainer(tmp_path, steps=6, log_every=2).run()
+    with pytest.warns(UserWarning, match="steps"): trainer(tmp_path, steps=10, log_every=2).run()
+    speeds = [json.loads(line)["images/s"] for line in open(tmp_path / "log.jsonl")]
+    assert speeds == 5 * [2 * 8 / 2.0]
 
 
 def test_the_folder_says_what_was_trained(tmp_path):
@@ -341,6 +365,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, how):
     assert [line["loss"] for line in logged if line["loss"]] == pytest.approx([x for n, x in enumerate(losses) if n not in bad], rel=1e-3)
     steps = {v.item() for k, v in load_checkpoint(checkpoints(tmp_path)[-1]).rest.items() if "step of" in k}
     assert steps == {20}
+    trainer(tmp_path / "b", objective=spoilt(how, bad), log_every=24).run()
+    (line,), good = lines(tmp_path / "b"), [x for n, x in enumerate(losses) if n not in bad]
+    assert line["loss"] == pytest.approx(sum(good) / len(good), rel=1e-3), "the mean of the good ones"
 
 
 def test_too_many_in_a_row_end_the_training_and_name_the_rows(tmp_path):
@@ -361,6 +388,10 @@ def test_too_many_in_a_row_end_the_training_and_name_the_rows(tmp_path):
     t = run.learner.draws(n, DATA[:8])[0][place].item()
     end = "the last good checkpoint is none" if n < 5 else "the last good checkpoint is "
     assert f"rows [11] of the data at t = [{t}] (step {n}); {end}" in str(caught.value)
+    hide = DropLabels(objective(without_dropout()), 2)                          # draws which labels are hidden before it draws times
+    labelled = trainer(tmp_path / "d", TensorDataset(data, torch.arange(ROWS) % 2), objective=hide, patience=1)
+    with pytest.raises(FloatingPointError, match=rf"rows \[11\] of the data at t = \[{labelled.learner.draws(n, DATA[:8])[1][0][place]}\]"):
+        labelled.run()
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
@@ -435,16 +466,16 @@ def test_the_fp16_scale_falls_to_a_floor_and_its_steps_are_counted_apart(tmp_pat
     nan = trainer(tmp_path / "c", DATA * math.nan, precision="fp16", patience=2)
     with pytest.raises(FloatingPointError, match="got 2 steps in a row"): nan.run()
     tally = nan.learner.state.tally
-    assert tally["scale"] == 2**16 and tally["shrunk"] == 0              # the scale is not to blame
+    assert tally["scale"] == 2**16 and tally["shrunk"] == tally["grown"] == 0           # the scale is not to blame
 
 
 def test_the_fp16_scale_grows_after_2000_good_steps_and_is_saved(tmp_path):
-    run = trainer(tmp_path, precision="fp16", steps=6, save_every=2)
+    run = trainer(tmp_path, precision="fp16", steps=6, save_every=2, log_every=1)
     run.learner.state.tally["grown"] += 1996
     run.resume = lambda: None                        # nothing to take up
     run.run()
-    assert [line["scale"] for line in lines(tmp_path)] == [2.0**16, 2.0**17, 2.0**17]
-    again = trainer(tmp_path, precision="fp16", steps=6)
+    assert [line["scale"] for line in lines(tmp_path)] == 3 * [2.0**16] + 3 * [2.0**17]
+    again = trainer(tmp_path, precision="fp16", steps=6, log_every=1)
     again.resume()
     assert again.learner.state.tally["scale"] == 2**17 and again.learner.state.tally["grown"] == 2002
     other = trainer(tmp_path, steps=6)

@@ -180,15 +180,15 @@ def evaluate(run, n, bits_n, bits_steps, as_json, checkpoint, device, seed, prog
     """Measure RUN on the data that it set aside.
 
     Images: energy distance, MMD² and the median distance to a training picture, beside those of real
-    pictures; hot runs also bits per dimension. Text: bits per character.
+    pictures; hot runs also bits per dimension, and errors time by time. Text: bits per character.
     """
-    from udm_book.measure import bits, distances, report
+    from udm_book.measure import bits, distances, guesses, report
     from udm_book.runs import load
     trained = load(run, checkpoint, device)
-    found = dict(step=trained.step, family=trained.config.family)
-    same = dict(seed=seed, progress=progress)
+    found, same = dict(step=trained.step, family=trained.config.family), dict(seed=seed, progress=progress)
     if "vocab" not in trained.facts: found["distances"] = distances(trained, n, **how, **same)
     if trained.config.family != "cold": found["bits"] = bits(trained, bits_n, bits_steps, **same)
+    if trained.config.family == "hot": found["guesses"] = guesses(trained, n, seed=seed)
     if as_json: return click.echo(json.dumps(found, indent=2))
     click.echo(f"{trained.config.family}, step {trained.step}\n{report(found)}")
 

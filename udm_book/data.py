@@ -92,8 +92,8 @@ def save_grid(x: Float[Tensor, "n c h w"], path: str | PathLike, columns: int | 
     Grey lines part them. Each pixel is repeated `scale` times (default: to about 64 a picture). Returns the path.
     """
     path, pixels = Path(path), to_bytes(x)
-    columns = min(columns or math.ceil(math.sqrt(len(x))), len(x))
-    scale = scale or max(1, 64 // max(x.shape[2:]))
+    columns = min(math.ceil(math.sqrt(len(x))) if columns is None else columns, len(x))
+    scale = max(1, 64 // max(x.shape[2:])) if scale is None else scale
     if path.suffix.lower() != ".png" or columns < 1 or scale < 1:
         raise ValueError(f"expected a name.png and at least 1 column and scale; got {path}, {columns} and {scale}")
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

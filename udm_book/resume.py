@@ -156,7 +156,7 @@ def tidy(folder: str | os.PathLike, step: int, keep: int):
 # %% ../nbs/57_resume.ipynb #exp-record
 class Record:
     "The folder of a training that `about` describes. Making a record writes nothing."
-    def __init__(self, folder: str | os.PathLike, about: dict, keep: int = 3):
+    def __init__(self, folder: str | os.PathLike, about: dict, keep: int):
         self.folder, self.keep, self.log = Path(folder), keep, Path(folder, "log.jsonl")
         self.about = json.loads(json.dumps(about))
 
