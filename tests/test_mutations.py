@@ -587,6 +587,7 @@ EQUIVALENT = {
     r"elbo in fold: 1 -> 2 #3": "noise of one more time is held; the pieces are the same",
     r"elbo in fold: (0 -> -1 #2|xt -> x0)": "any of the draws; there are b rows or no more than a chunk",
     r"batches in Batches.__init__: 1 -> 2 #2$": "stands for no pass: any negative number does",
+    r"estimators in one_noise_loss: x0 -> xt #2$": "only shape and dtype are taken from it",
     r"oracle in Table.sample: 0 -> -?1$": "only the shape of a column is taken, that of any",
     r"guidance in label_gradient: (-1 -> 1|0 -> -1)$": "the last of two axes; the only input",
     r"resume in State.line: 0 -> -1$": "the only group of parameters",
